@@ -1,0 +1,1 @@
+"""Pallas kernels of memjax, one package an op. Imports nothing but JAX."""

@@ -1,0 +1,20 @@
+"""Test-wide settings: eight simulated devices, checked shapes, a persistent compilation cache."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["memjax", "pallas_kernels"], "beartype.beartype")
+
+import jax  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
