@@ -1,0 +1,23 @@
+"""Meshes, the one table of logical axis rules, and placements made from it."""
+
+from memjax.sharding.rules import (
+    MESH_AXES,
+    RULES,
+    Rule,
+    constrain,
+    make_mesh,
+    param_axes,
+    shardings,
+    spec,
+)
+
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "Rule",
+    "constrain",
+    "make_mesh",
+    "param_axes",
+    "shardings",
+    "spec",
+]
