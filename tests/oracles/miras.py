@@ -2,7 +2,7 @@
 
 For each row and head, with W' the weights held when the chunk began:
 
-    a document starts:  W' = W = W_0,  S = 0,  p = 0
+    a document starts:  W' = W = W_0,  S = S_0,  p = 0
     g_t = grad_W loss(M(k_t; W'), v_t)
     S_t = e_t S_{t-1} - lr_t g_t          W_t = a_t W_{t-1} + S_t        (momentum)
                                           W_t = a_t W_{t-1} - lr_t g_t   (gradient descent)
@@ -45,25 +45,26 @@ class Gates(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """base, weights, momentum: one [B, H, in, out] array a layer; begin: [H, in, out]."""
+    """base, weights, momentum: one [B, H, in, out] array a layer; begin...: [H, in, out]."""
 
     base: list
     weights: list
     momentum: list
     place: np.ndarray  # [B]
     segment: np.ndarray  # [B], -1: nothing seen
-    begin: list
+    begin: list  # W_0
+    begin_momentum: list  # S_0, zero unless a prefix was read into it
     slow: dict  # scale, bias: [H, V], or empty
 
 
 def start(rule, fast, slow, batch):
     """The state before the first token; fast: a list of [H, in, out], slow: {name: [H, V]}."""
     begin = [np.array(w, np.float64) for w in fast]
-    rows = [np.stack([w] * batch) for w in begin]
-    momentum = [np.zeros_like(w) for w in rows] if rule.momentum else []
+    still = [np.zeros_like(w) for w in begin] if rule.momentum else []
+    rows, momentum = ([np.stack([w] * batch) for w in part] for part in (begin, still))
     held = {name: np.array(value, np.float64) for name, value in slow.items()}
     place, segment = np.zeros(batch, np.int64), np.full(batch, -1)
-    return State(rows, [w.copy() for w in rows], momentum, place, segment, begin, held)
+    return State(rows, [w.copy() for w in rows], momentum, place, segment, begin, still, held)
 
 
 def activate(name, z):
@@ -150,7 +151,7 @@ def run(rule, state, q, k, v, gates, segment_ids=None):
                 slow = {name: value[h] for name, value in state.slow.items()}
                 if begins:
                     held, now = [w[h] for w in state.begin], [w[h] for w in state.begin]
-                    moving = [np.zeros_like(w) for w in held] if rule.momentum else []
+                    moving = [s[h] for s in state.begin_momentum]
                 else:
                     held, now = [w[b, h] for w in base], [w[b, h] for w in weights]
                     moving = [s[b, h] for s in momentum]

@@ -1,6 +1,7 @@
 """The oracle is judged by central differences and by cases that are worked out on paper."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,21 @@ def test_a_packed_document_gives_what_it_gives_alone(begin):
     assert_close(leaves(last), leaves(alone[2]), 0)
     ignored, _, _ = oracle.run(rule, state, q, k, v, gates)
     assert np.abs(ignored[:, begin:] - y[:, begin:]).max() > 1e-3
+
+
+def test_a_document_starts_with_the_momentum_of_the_prefix():
+    rule = oracle.Rule(chunk=4)
+    state, q, k, v, gates = make(rule, 1)
+    start = [np.random.default_rng(3).normal(size=w.shape) for w in state.begin]
+    ids = np.where(np.arange(q.shape[1]) < 5, 1, 2)[None].repeat(2, 0)
+    _, _, last = oracle.run(
+        rule, replace(state, begin_momentum=start), q[:, :6], k[:, :6], v[:, :6],
+        part(gates, 0, 6), ids[:, :6],
+    )  # fmt: skip
+    for b, h in np.ndindex(2, 2):
+        _, (g,) = oracle.gradient(rule, [state.begin[0][h]], {}, k[b, 5, h], v[b, 5, h])
+        want = gates.momentum[b, 5, h] * start[0][h] - gates.lr[b, 5, h] * g
+        np.testing.assert_allclose(last.momentum[0][b, h], want)
 
 
 def test_the_first_token_of_a_fresh_state_is_no_reset_and_a_carried_document_is_one():
