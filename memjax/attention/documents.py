@@ -1,0 +1,70 @@
+"""Documents inside packed rows: where each token stands in its own document."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.typing import Array, Int
+
+
+class Documents(NamedTuple):
+    """Where the tokens of one call stand in their documents.
+
+    Args:
+        number: which document of the call a token belongs to; 0 is the one that the state carries.
+        index: how many tokens of its document came before it, those of earlier calls included.
+        last: the id of the last token, to carry on; unchanged where no ids were given.
+        seen: tokens of the last document so far, to carry on.
+    """
+
+    number: Int[Array, "B T"]
+    index: Int[Array, "B T"]
+    last: Int[Array, "B"]
+    seen: Int[Array, "B"]
+
+
+def starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"]) -> Array:
+    """Tells which tokens start a document.
+
+    `starts[t] = segment_ids[t] != segment_ids[t - 1]`, with `last` before the first token.
+
+    Args:
+        segment_ids: [B, T], one id per token.
+        last: [B], the id of the token before; -1 = nothing seen yet, which starts nothing.
+
+    Returns:
+        Bool [B, T].
+    """
+    before = jnp.concatenate([last[:, None], segment_ids[:, :-1]], axis=1)
+    return (segment_ids != before) & (before != -1)
+
+
+def follow(
+    segment_ids: Int[Array, "B T"] | None,
+    last: Int[Array, "B"],
+    seen: Int[Array, "B"],
+    time: int,
+) -> Documents:
+    """Places the next `time` tokens in their documents.
+
+    `index[t] = 0` where a document starts, else `index[t - 1] + 1`, with `seen - 1` before the
+    first token.
+
+    Args:
+        segment_ids: [B, T], or None: every token continues the document of the state.
+        last: [B], the id of the token before the call; -1 = nothing seen yet.
+        seen: [B], tokens of that document before the call.
+        time: T.
+
+    Returns:
+        The `Documents` of these tokens.
+    """
+    steps = jnp.arange(time, dtype=jnp.int32)
+    if segment_ids is None:
+        index = seen[:, None] + steps
+        return Documents(jnp.zeros_like(index), index, last, seen + time)
+    new = starts(segment_ids, last)
+    number = jnp.cumsum(new, axis=1, dtype=jnp.int32)
+    index = steps - jax.lax.cummax(jnp.where(new, steps, -seen[:, None]), axis=1)
+    return Documents(number, index, segment_ids[:, -1], index[:, -1] + 1)

@@ -1,0 +1,117 @@
+"""Depthwise causal convolution with a carried state."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from memjax.attention import documents
+from memjax.layers.linear import fan_in_normal
+from memjax.typing import Array, Float, Int
+
+
+class ConvState(NamedTuple):
+    """What `CausalConv` carries.
+
+    Args:
+        inputs: the last width - 1 inputs of the running document, zero where there are none.
+        segment: id of the last token; -1 = nothing seen yet.
+    """
+
+    inputs: Float[Array, "B W E"]
+    segment: Int[Array, "B"]
+
+
+class CausalConv(nnx.Module):
+    """Mixes each channel over the last `width` tokens of its document.
+
+    `y[t] = sum_{s < width} weight[s] * x[t - s]`, over those t - s in the document of t. Summed in
+    fp32; the weight starts as `fan_in_normal` with fan-in `width`.
+
+    Args:
+        dim: channels.
+        width: tokens that an output sees, its own included.
+        rngs: the stream `params` draws the weight.
+        axis_name: logical name of the channels.
+
+    Raises:
+        ValueError: dim or width below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 4,
+        *,
+        rngs: nnx.Rngs,
+        axis_name: str | None = "embed",
+    ):
+        if dim < 1 or width < 1:
+            raise ValueError(f"CausalConv dim {dim} and width {width} must be at least 1")
+        self.dim, self.width = dim, width
+        weight = fan_in_normal(rngs.params(), (width, dim), width)
+        self.weight = nnx.Param(weight, axes=("conv", axis_name))
+
+    def start(self, batch: int, dtype: DTypeLike = jnp.float32) -> ConvState:
+        """The state before the first token: no inputs, nothing seen.
+
+        Args:
+            batch: B.
+            dtype: of the carried inputs; a call keeps the dtype of the state it is given.
+
+        Returns:
+            A `ConvState`.
+        """
+        inputs = jnp.zeros((batch, self.width - 1, self.dim), dtype)
+        return ConvState(inputs, jnp.full((batch,), -1, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: ConvState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], ConvState]:
+        """Convolves x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: [B, T]; no output sees across a change. None = one document.
+
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+
+        Raises:
+            ValueError: x or the state do not fit.
+        """
+        batch, time, dim = x.shape
+        if dim != self.dim or time < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if state is None:
+            state = self.start(batch, wide)
+        if state.inputs.shape[0] != batch:
+            raise ValueError(
+                f"the state is for a batch of {state.inputs.shape[0]}, x has {batch}; "
+                f"use start({batch})"
+            )
+        place = documents.follow(segment_ids, state.segment, jnp.zeros_like(state.segment), time)
+        past = self.width - 1
+        inputs = jnp.concatenate([state.inputs.astype(wide), x.astype(wide)], axis=1)
+        # the history belongs to document 0 of the call
+        number = jnp.pad(place.number, ((0, 0), (past, 0)))
+        weight = self.weight[...].astype(wide)
+        y = jnp.zeros(x.shape, wide)
+        for s in range(self.width):
+            term = inputs[:, past - s : past - s + time]
+            if segment_ids is not None and s > 0:
+                same = number[:, past - s : past - s + time] == place.number
+                term = jnp.where(same[..., None], term, 0)
+            y += weight[s] * term
+        history = inputs[:, time:]
+        if segment_ids is not None:
+            ours = number[:, time:] == place.number[:, -1:]
+            history = jnp.where(ours[..., None], history, 0)
+        return y.astype(x.dtype), ConvState(history.astype(state.inputs.dtype), place.last)
