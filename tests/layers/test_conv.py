@@ -17,11 +17,8 @@ def convolve(x, weight, segment_ids=None):
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
             for s in range(min(len(weight), t + 1)):
-                if (
-                    s
-                    and segment_ids is not None
-                    and segment_ids[b, t - s + 1] != segment_ids[b, t - s]
-                ):
+                j = t - s
+                if s and segment_ids is not None and segment_ids[b, j + 1] != segment_ids[b, j]:
                     break
                 y[b, t] += weight[s] * x[b, j]
     return y
