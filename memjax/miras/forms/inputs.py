@@ -1,0 +1,66 @@
+"""What every form does to its arguments: checks, dtypes, and where documents start."""
+
+import jax.numpy as jnp
+
+from memjax.miras.precision import accumulation_dtype
+from memjax.miras.rule import Gates, Rule, State
+from memjax.typing import Array, Bool, Float, Int
+
+
+def check(
+    rule: Rule,
+    state: State,
+    q: Float[Array, "B T H K"] | None,
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    gates: Gates,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Gates:
+    """Raises ValueError where an argument does not fit; returns the gates in the state's dtype."""
+    batch, heads = state.weights[0].shape[:2]
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[2] != heads:
+        raise ValueError(
+            f"k has shape {k.shape}, but the state is for [batch, time, heads, dim] with "
+            f"batch {batch} and heads {heads}"
+        )
+    if k.shape[1] < 1:
+        raise ValueError("the sequence is empty: time must be at least 1")
+    if q is not None and q.shape != k.shape:
+        raise ValueError(f"q has shape {q.shape} and k {k.shape}: they must be equal")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {v.shape} and k {k.shape}: batch, time, heads must be equal")
+    dim_k, dim_v = state.weights[0].shape[-2], state.weights[-1].shape[-1]
+    if (k.shape[3], v.shape[3]) != (dim_k, dim_v):
+        raise ValueError(
+            f"the memory maps dim {dim_k} to {dim_v}, but k has {k.shape[3]} and v {v.shape[3]}"
+        )
+    retain = rule.retention.factors(gates.retain)
+    if rule.learner.needs_momentum and gates.momentum is None:
+        raise ValueError("gates.momentum is None, but learner=momentum() needs it")
+    if not rule.learner.needs_momentum and gates.momentum is not None:
+        raise ValueError(f"gates.momentum was given, but {rule.learner} has no momentum")
+    for name in ("lr", "momentum", "retain", "scale"):
+        gate = getattr(gates, name)
+        if gate is None or gate.shape == k.shape[:3]:
+            continue
+        if name == "retain" and gate.shape == k.shape:
+            if not rule.structure.channelwise:
+                raise ValueError(
+                    f"gates.retain is channel-wise, but {rule.structure} has no row per key "
+                    "channel: use matrix(), mlp(depth=1), or a gate of shape [B, T, H]"
+                )
+            continue
+        raise ValueError(f"gates.{name} has shape {gate.shape}, must be {k.shape[:3]}")
+    if segment_ids is not None and segment_ids.shape != k.shape[:2]:
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {k.shape[:2]}")
+    dtype = accumulation_dtype(state.weights[0].dtype)
+    cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
+    return Gates(*cast)
+
+
+def document_starts(
+    segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]
+) -> Bool[Array, "B T"]:
+    """Where a document starts: the id differs from the token before (-1: nothing was before)."""
+    before = jnp.concatenate([segment[:, None], segment_ids[:, :-1]], axis=1)
+    return (segment_ids != before) & (before != -1)

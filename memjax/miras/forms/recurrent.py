@@ -1,0 +1,183 @@
+"""The definition of a memory: token by token, gradients by automatic differentiation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.miras.forms.inputs import check, document_starts
+from memjax.miras.forms.remat import grouped_scan
+from memjax.miras.precision import accumulation_dtype, matmul
+from memjax.miras.rule import Gates, Rule, State
+from memjax.typing import Array, Bool, Float, Int, PyTree
+
+
+class Token(NamedTuple):
+    """One token of every row and head; `live` is False where there is none."""
+
+    q: Float[Array, "B H K"]
+    k: Float[Array, "B H K"]
+    v: Float[Array, "B H V"]
+    gates: Gates
+    starts: Bool[Array, " B"]
+    live: Bool[Array, " B"]
+
+
+def recurrent(
+    rule: Rule,
+    state: State,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    gates: Gates,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H V"], State]:
+    """Runs a memory over a sequence by its definition (see `Rule`), one token after the other.
+
+    The slow form that the others are held against. Its backward pass recomputes in groups of about
+    sqrt(T) tokens, so that no weights per token are held.
+
+    Args:
+        rule: the memory.
+        state: where it stands.
+        q, k: queries and keys [B, T, H, K].
+        v: values [B, T, H, V].
+        gates: rates, each [B, T, H].
+        segment_ids: document of each token; the memory restarts where it changes. None: all tokens
+            continue the document of the state.
+    Returns:
+        (y [B, T, H, V] in q's dtype, the state after the last token)
+    Raises:
+        ValueError: an argument that does not fit, by name.
+    """
+    gates = check(rule, state, q, k, v, gates, segment_ids)
+    tokens = _tokens(state, q, k, v, gates, segment_ids)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    inert = jax.tree.map(lambda x: jnp.zeros_like(x[0]), xs)
+
+    def body(carry, x):
+        return _write_and_read(rule, state, carry, x)
+
+    carry = (state.base, state.weights, state.momentum, state.place)
+    carry, y = grouped_scan(body, carry, xs, group=None, inert=inert)
+    return _outcome(state, carry, jnp.moveaxis(y, 0, 1), q, segment_ids)
+
+
+def step(
+    rule: Rule,
+    state: State,
+    q: Float[Array, "B 1 H K"],
+    k: Float[Array, "B 1 H K"],
+    v: Float[Array, "B 1 H V"],
+    gates: Gates,
+    *,
+    segment_ids: Int[Array, "B 1"] | None = None,
+) -> tuple[Float[Array, "B 1 H V"], State]:
+    """One token, as in decoding: the body of `recurrent` with T = 1, in constant time and space.
+
+    Args, returns and errors as for `recurrent`; ValueError where T is not 1.
+    """
+    if k.ndim == 4 and k.shape[1] != 1:
+        raise ValueError(f"step takes one token, got {k.shape[1]}: use chunkwise")
+    gates = check(rule, state, q, k, v, gates, segment_ids)
+    token = jax.tree.map(lambda x: x[:, 0], _tokens(state, q, k, v, gates, segment_ids))
+    carry = (state.base, state.weights, state.momentum, state.place)
+    carry, y = _write_and_read(rule, state, carry, token)
+    return _outcome(state, carry, y[:, None], q, segment_ids)
+
+
+def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "B T H V"]:
+    """`M(q; W)` with the state's weights as they are; nothing is written.
+
+    Args:
+        rule: the memory.
+        state: where it stands.
+        q: queries [B, T, H, K].
+    Returns:
+        [B, T, H, V] in q's dtype.
+    """
+    batch, heads = state.weights[0].shape[:2]
+    if q.ndim != 4 or (q.shape[0], q.shape[2]) != (batch, heads):
+        raise ValueError(
+            f"q has shape {q.shape}, but the state is for batch {batch} and heads {heads}"
+        )
+    y = _answer(rule, state.weights, state.slow, jnp.moveaxis(q, 1, 2), q.dtype)
+    return jnp.moveaxis(y, 2, 1).astype(q.dtype)
+
+
+def _tokens(state, q, k, v, gates, segment_ids) -> Token:
+    live = jnp.ones(k.shape[:2], bool)
+    starts = ~live if segment_ids is None else document_starts(state.segment, segment_ids)
+    return Token(q, k, v, gates, starts, live)
+
+
+def _outcome(state, carry, y, q, segment_ids) -> tuple[Array, State]:
+    base, weights, velocity, place = carry
+    segment = state.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
+    state = state._replace(
+        base=base, weights=weights, momentum=velocity, place=place, segment=segment
+    )
+    return y.astype(q.dtype), state
+
+
+def _answer(rule, fast, slow, x, compute):
+    """M(x) for x [B, H, T, K] with fast weights [B, H, ...] and slow ones [H, ...]."""
+
+    def answer(fast, slow, x):
+        return rule.structure.forward(
+            lambda i, z: matmul(z, fast[i], compute=compute), slow, x.astype(fast[0].dtype)
+        )
+
+    return jax.vmap(jax.vmap(answer), in_axes=(0, None, 0))(fast, slow, x)
+
+
+def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tuple[PyTree, Array]:
+    base, weights, velocity, place = carry
+    compute = token.q.dtype
+
+    def restart(now, begin):
+        return jax.tree.map(lambda x, x_0: _rows(token.starts, x_0, x), now, begin)
+
+    base, weights = restart(base, state.begin.weights), restart(weights, state.begin.weights)
+    velocity = restart(velocity, state.begin.momentum)
+    place = jnp.where(token.starts, 0, place)
+
+    def loss(fast):
+        y = _answer(rule, fast, state.slow, token.k[:, :, None], compute)[:, :, 0]
+        return jnp.sum(rule.bias.loss(y, token.v.astype(accumulation_dtype(y.dtype))))
+
+    gradient = jax.grad(loss)(base)
+    gates = token.gates
+
+    def per_head(gradient, weights, velocity, lr, eta, retain):
+        velocity, change = rule.learner.update(velocity, gradient, lr, eta)
+        if retain is not None:
+            factor = retain[:, None] if retain.ndim else retain
+            weights = jax.tree.map(lambda w: factor * w, weights)
+        return jax.tree.map(jnp.add, weights, change), velocity
+
+    written, new_velocity = jax.vmap(jax.vmap(per_head))(
+        gradient, weights, velocity, gates.lr, gates.momentum, gates.retain
+    )
+    seen = written if rule.read == "after" else weights
+    y = _answer(rule, _mix(base, seen, gates.scale), state.slow, token.q[:, :, None], compute)
+
+    complete = place + 1 == rule.chunk
+    closed = _mix(base, written, gates.scale)
+    new_weights = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, written)
+    new_base = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, base)
+    new_carry = (new_base, new_weights, new_velocity, jnp.where(complete, 0, place + 1))
+    carry = jax.tree.map(lambda new, old: _rows(token.live, new, old), new_carry, carry)
+    return carry, y[:, :, 0]
+
+
+def _rows(choose: Bool[Array, " B"], yes: Array, no: Array) -> Array:
+    return jnp.where(choose.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
+
+
+def _mix(base: PyTree, weights: PyTree, scale: Float[Array, "B H"] | None) -> PyTree:
+    """`base + scale (weights - base)`: the update of the chunk as seen through `Gates.scale`."""
+    if scale is None:
+        return weights
+    return jax.tree.map(lambda b, w: b + scale[:, :, None, None] * (w - b), base, weights)

@@ -1,0 +1,39 @@
+"""Retention: how the memory forgets. `W_t = a_t W_{t-1} + update_t`.
+
+A retention turns the gates into the factors `a_t`, one per token and head, or one per token, head
+and key channel (then row `i` of a `[K, V]` matrix memory is multiplied by `a_t[i]`).
+"""
+
+import dataclasses
+
+from memjax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """What a retention must give; see `decay` and `none`."""
+
+    def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
+        """The factors `a_t` of these gates; None stands for 1."""
+        raise TypeError("Retention is the interface: use decay() or none()")
+
+
+@dataclasses.dataclass(frozen=True)
+class decay(Retention):  # noqa: N801 (parts are written like functions: `retention=decay()`)
+    """Weight decay from the gate `retain` (`a = 1 - alpha`), per head or per key channel."""
+
+    def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
+        return retain
+
+
+@dataclasses.dataclass(frozen=True)
+class none(Retention):  # noqa: N801
+    """Nothing is forgotten: `a = 1`."""
+
+    def factors(self, retain: Float[Array, "*shape"] | None) -> None:
+        if retain is not None:
+            raise ValueError(
+                "gates.retain was given, but the rule's retention is none(): "
+                "leave it None or use retention=decay()"
+            )
+        return None

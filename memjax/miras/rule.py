@@ -1,0 +1,183 @@
+"""A rule names a memory by its four choices; a state is what it holds while it reads a sequence."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.miras.bias import Bias
+from memjax.miras.learner import Learner
+from memjax.miras.precision import accumulation_dtype
+from memjax.miras.retention import Retention
+from memjax.miras.structure import Structure, Weights
+from memjax.typing import Array, Float, Int, Key, PyTree
+
+
+class Gates(NamedTuple):
+    """Data-dependent rates, one per token and head.
+
+    Attributes:
+        lr: theta, the inner learning rate, > 0, [B, T, H].
+        momentum: eta, 0 = none, [B, T, H]; read by `learner=momentum()`.
+        retain: a = 1 - alpha, 1 = keep everything, [B, T, H], or per key channel [B, T, H, K];
+            read by `retention=decay()`; None = 1.
+        scale: c, the factor on the chunk's update as token t sees it: the memory read is
+            `W' + c_t (W_t - W')`, with W' the weights at the chunk's start, and the chunk's last
+            factor is the one that stays (TTT's learned rate by position), [B, T, H]; None = 1.
+    """
+
+    lr: Float[Array, "B T H"]
+    momentum: Float[Array, "B T H"] | None = None
+    retain: Float[Array, "B T H *K"] | None = None
+    scale: Float[Array, "B T H"] | None = None
+
+
+class Begin(NamedTuple):
+    """What every document starts from: fast weights and momentum, [H, ...] without batch axis."""
+
+    weights: tuple[Array, ...]
+    momentum: PyTree
+
+
+class State(NamedTuple):
+    """A memory between two calls: all that exact continuation needs.
+
+    Attributes:
+        base: W', the fast weights when the current chunk began, each [B, H, ...].
+        weights: W_t, the fast weights now (inside a chunk: before `Gates.scale`), each [B, H, ...].
+        momentum: S_t like the weights, or () for a learner without.
+        place: place in its chunk of the next token, 0 to chunk - 1, [B].
+        segment: document id of the last token, -1 when there was none, [B].
+        begin: what a document starts from.
+        slow: the structure's weights that do not learn at test time, each [H, ...].
+    """
+
+    base: tuple[Array, ...]
+    weights: tuple[Array, ...]
+    momentum: PyTree
+    place: Int[Array, " B"]
+    segment: Int[Array, " B"]
+    begin: Begin
+    slow: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A test-time memory: structure, bias, retention and learner, and when gradients are taken.
+
+    Token by token, with W' the weights held when the token's chunk began:
+
+        g_t = d/dW bias(M(k_t; W), v_t)  at W = W'
+        S_t = e_t S_{t-1} - lr_t g_t                      (momentum; without: S_t = -lr_t g_t)
+        W_t = a_t W_{t-1} + S_t
+        y_t = M(q_t; W_t)                                 (read="before": W_{t-1})
+
+    Args:
+        structure: what the memory is: `matrix()`, `mlp(...)`.
+        bias: what it minimises: `l2()`, `dot()`.
+        retention: how it forgets: `decay()`, `none()`.
+        learner: how it steps: `gd()`, `momentum()`.
+        chunk: tokens that share their gradients' weights; semantic, 1 = fully online.
+        read: "after" or "before" the token is written.
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+    Source: Miras (arXiv:2504.13173), the framework; Titans (arXiv:2501.00663), chunks.
+    """
+
+    structure: Structure
+    bias: Bias
+    retention: Retention
+    learner: Learner
+    chunk: int = 64
+    read: str = "after"
+
+    def __post_init__(self):
+        for name, kind in (
+            ("structure", Structure),
+            ("bias", Bias),
+            ("retention", Retention),
+            ("learner", Learner),
+        ):
+            part = getattr(self, name)
+            if not isinstance(part, kind):
+                hint = f"; write {part.__name__}()" if isinstance(part, type) else ""
+                raise TypeError(f"Rule {name} {part!r} is not a {kind.__name__}{hint}")
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
+        if self.read not in ("after", "before"):
+            raise ValueError(f'Rule read {self.read!r} must be "after" or "before"')
+
+    def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
+        """Learned initial memory W_0, without batch axis; `jax.vmap` over keys adds a heads axis."""
+        return self.structure.init(key, dim_k, dim_v)
+
+
+def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) -> State:
+    """The state before the first token: every row holds W_0.
+
+    Args:
+        rule: the memory.
+        weights: from `rule.init`, with or without a leading heads axis.
+        batch: number of rows.
+        heads: number of heads that share `weights`, where these have no heads axis (default 1).
+    Returns:
+        A state in fp32 (fp64 where the weights are).
+    Raises:
+        ValueError: weights that are not this rule's, or `heads` that contradicts them.
+    """
+    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), 2, 2))
+    if len(plain.fast) != len(weights.fast) or plain.slow.keys() != weights.slow.keys():
+        raise ValueError(
+            f"weights hold {len(weights.fast)} fast and {sorted(weights.slow)} slow arrays, but "
+            f"{rule.structure} has {len(plain.fast)} and {sorted(plain.slow)}: use rule.init"
+        )
+    axes = weights.fast[0].ndim - plain.fast[0].ndim
+    if axes not in (0, 1):
+        raise ValueError(
+            f"weights have {axes} leading axes: rule.init gives none, a heads axis makes one"
+        )
+    if axes == 1 and heads not in (None, weights.fast[0].shape[0]):
+        raise ValueError(f"heads {heads} contradicts weights for {weights.fast[0].shape[0]} heads")
+    if axes == 0:
+        copies = heads or 1
+        weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (copies, *w.shape)), weights)
+    weights = jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
+    begin = Begin(weights.fast, rule.learner.start(weights.fast))
+    rows = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), begin)
+    return State(
+        base=rows.weights,
+        weights=rows.weights,
+        momentum=rows.momentum,
+        place=jnp.zeros(batch, jnp.int32),
+        segment=jnp.full(batch, -1, jnp.int32),
+        begin=begin,
+        slow=weights.slow,
+    )
+
+
+def begin_from(state: State, batch: int) -> State:
+    """Makes what `state` (of one row) has learned the memory that every document starts from.
+
+    Used for a fixed prefix, such as Titans' persistent tokens: the memory reads it once, and the
+    chunk in progress ends with it.
+
+    Args:
+        state: the state of a single row.
+        batch: number of rows of the new state.
+    Raises:
+        ValueError: a state of more than one row.
+    """
+    if state.place.shape[0] != 1:
+        raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
+    begin = jax.tree.map(lambda w: w[0], Begin(state.weights, state.momentum))
+    rows = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), begin)
+    return State(
+        base=rows.weights,
+        weights=rows.weights,
+        momentum=rows.momentum,
+        place=jnp.zeros(batch, jnp.int32),
+        segment=jnp.full(batch, -1, jnp.int32),
+        begin=begin,
+        slow=state.slow,
+    )
