@@ -1,0 +1,24 @@
+"""What a memory reports about itself while it runs."""
+
+from typing import NamedTuple
+
+from memjax.typing import Array, Float
+
+
+class MemoryStats(NamedTuple):
+    """Means over the tokens of one call of a memory, kept in its state for whoever logs them.
+
+    A memory without momentum or without retention leaves that field None. Inside a stack of layers
+    every field has a leading layers axis. `memjax.models.statistics` collects them from a model.
+
+    Args:
+        surprise: loss of the tokens before they are written, [B, H].
+        lr: inner learning rate.
+        momentum: momentum gate.
+        retain: retention gate.
+    """
+
+    surprise: Float[Array, "*L B H"]
+    lr: Float[Array, "*L B H"]
+    momentum: Float[Array, "*L B H"] | None
+    retain: Float[Array, "*L B H"] | None

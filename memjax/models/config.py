@@ -1,0 +1,218 @@
+"""Configurations of language models: frozen, checked when made, and plain data on disk."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from memjax.models import feed_forwards, mixers
+from memjax.models.registry import nearest
+
+REMAT = ("none", "full", "dots")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The neural memory of the blocks that have one.
+
+    Args:
+        rule: its row of `memjax.miras.zoo`: "titans", "ttt_linear" or "ttt_mlp".
+        heads: number of memories side by side; None takes the heads of the model.
+        depth: layers of each memory.
+        expansion: hidden units of each memory, as a multiple of its key dimension.
+        chunk: tokens between two updates of the weights that gradients are taken at.
+    """
+
+    rule: str = "titans"
+    heads: int | None = None
+    depth: int = 2
+    expansion: int = 4
+    chunk: int = 64
+
+    def __post_init__(self):
+        _at_least(self, "memory.", 1, ("depth", "expansion", "chunk"))
+        _at_least(self, "memory.", 1, ("heads",), optional=True)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
+        """The configuration that `to_dict` wrote; ValueError on an unknown key."""
+        return _from_dict(cls, "memory.", values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return _plain(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A language model: an embedding, `layers` blocks, a norm and a head.
+
+    Args:
+        vocab: number of token ids.
+        dim: model dimension.
+        layers: number of blocks, a multiple of the length of `pattern`.
+        heads: heads of every attention (and of every memory that does not say otherwise).
+        pattern: names of the mixers (see `memjax.models.mixers`) of consecutive blocks, repeated.
+        feed_forward: name of the feed-forward layer, or one for each name in `pattern`.
+        hidden: its hidden units; None: 8/3 dim, rounded up to a multiple of 128.
+        head_dim: dimension of a head; None: dim / heads.
+        kv_heads: heads of keys and values; None: `heads`.
+        qk_norm: normalise queries and keys of attention.
+        rope_base: of the rotary positions.
+        tied: use the embedding as the head.
+        context: tokens that full attention can look back on; the length of a training row.
+        window: tokens that sliding-window attention looks back on.
+        sinks: first tokens of the document that it sees besides.
+        segment: tokens that MAC reads at once.
+        persistent: learned tokens in front of every segment or window of MAC, MAG and MAL.
+        conv: width of the convolutions in front of a memory; 0: none.
+        memory: the neural memory.
+        remat: what the backward pass computes again instead of keeping it: "none", "full" (all
+            inside every repeat of the pattern) or "dots" (all but products with weights).
+        dtype: of the computation, "bfloat16" or "float32". Parameters and logits are fp32.
+
+    Raises:
+        ValueError: a field that is out of range, names nothing known, or contradicts another.
+    """
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    pattern: tuple[str, ...] = ("transformer",)
+    feed_forward: str | tuple[str, ...] = "swiglu"
+    hidden: int | None = None
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    qk_norm: bool = False
+    rope_base: float = 10000.0
+    tied: bool = True
+    context: int = 4096
+    window: int = 512
+    sinks: int = 0
+    segment: int = 512
+    persistent: int = 16
+    conv: int = 4
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    remat: str = "none"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _at_least(self, "", 1, ("vocab", "dim", "layers", "heads"))
+        _at_least(self, "", 1, ("context", "window", "segment"))
+        _at_least(self, "", 0, ("sinks", "persistent", "conv"))
+        _at_least(self, "", 1, ("hidden", "head_dim", "kv_heads"), optional=True)
+        if not isinstance(self.rope_base, int | float) or self.rope_base <= 1:
+            raise ValueError(f"rope_base must be a number above 1, got {self.rope_base!r}")
+        for name in ("tied", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, valid in (("remat", REMAT), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), valid)}")
+        if not isinstance(self.memory, MemoryConfig):
+            raise ValueError(f"memory must be a MemoryConfig, got {self.memory!r}")
+        self._check_blocks()
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(
+                f"dim {self.dim} must be a multiple of heads {self.heads}; or set head_dim"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+
+    def _check_blocks(self):
+        if not isinstance(self.pattern, tuple) or not self.pattern:
+            raise ValueError(
+                f"pattern must be a tuple of at least one mixer name, got {self.pattern!r}"
+            )
+        for name in self.pattern:
+            mixers.registry.check(name)
+        if self.layers % len(self.pattern):
+            raise ValueError(
+                f"layers {self.layers} must be a multiple of the {len(self.pattern)} names in"
+                f" pattern {self.pattern}"
+            )
+        if not isinstance(self.feed_forward, str) and (
+            not isinstance(self.feed_forward, tuple) or len(self.feed_forward) != len(self.pattern)
+        ):
+            raise ValueError(
+                f"feed_forward must be a name, or a tuple with one for each of the"
+                f" {len(self.pattern)} names in pattern, got {self.feed_forward!r}"
+            )
+        for name in self.feed_forwards:
+            feed_forwards.registry.check(name)
+
+    @property
+    def repeats(self) -> int:
+        """How many times the pattern is repeated: the length of the scan over layers."""
+        return self.layers // len(self.pattern)
+
+    @property
+    def feed_forwards(self) -> tuple[str, ...]:
+        """The name of the feed-forward layer for each name in `pattern`."""
+        if isinstance(self.feed_forward, str):
+            return (self.feed_forward,) * len(self.pattern)
+        return self.feed_forward
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden units of the feed-forward layer."""
+        if self.hidden is not None:
+            return self.hidden
+        return -(-8 * self.dim // (3 * 128)) * 128
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LanguageModelConfig":
+        """The configuration that `to_dict` wrote, or that a file gives; lists count as tuples.
+
+        Args:
+            values: the fields, `memory` as a mapping of its own.
+
+        Raises:
+            ValueError: an unknown key (the message names the nearest valid ones), a missing one, or
+                a field that does not do.
+        """
+        values = dict(values)
+        if isinstance(values.get("memory"), Mapping):
+            values["memory"] = MemoryConfig.from_dict(values["memory"])
+        return _from_dict(cls, "", values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data: numbers, strings, lists and one nested dict."""
+        return _plain(self)
+
+
+def _at_least(
+    config: Any, prefix: str, least: int, names: tuple[str, ...], optional: bool = False
+) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None and optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            extra = " or None" if optional else ""
+            raise ValueError(
+                f"{prefix}{name} must be an integer of at least {least}{extra}, got {value!r}"
+            )
+
+
+def _from_dict(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), tuple(fields))}")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and values.get(name) is None:
+            raise ValueError(f"missing key {prefix}{name} of {cls.__name__}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return _plain(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
