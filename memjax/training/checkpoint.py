@@ -1,0 +1,408 @@
+"""Checkpoints: one pytree, saved in the background, checked when saved and when read.
+
+A checkpoint holds parameters, optimiser state, step, key and the place of the data iterator as one
+tree of arrays, a checksum of each array, and the configuration as JSON. It is complete or absent:
+Orbax commits it when all of it is written.
+
+What can be wrong with one, and what happens:
+
+* it is of another model or optimiser: `MismatchError` names the first field or array that differs;
+* its files are damaged (truncated, missing, a flipped bit): `DamagedError` names it. Nothing is
+  deleted. With `on_damage="previous"` it is renamed to `damaged-<step>` and the one before is used,
+  loudly;
+* the state that should be saved is not finite: `NonFiniteError`, and nothing is written.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+import memjax
+from memjax.training import config as config_lib
+from memjax.training.metrics import NonFiniteError
+from memjax.training.state import TrainState
+from memjax.typing import Array, PyTree
+
+
+class MismatchError(ValueError):
+    """The checkpoint is of another model or optimiser."""
+
+
+class DamagedError(RuntimeError):
+    """The checkpoint's files are truncated, missing or altered."""
+
+
+def _name(path) -> str:
+    # nnx ends the path of a parameter with its attribute `value`.
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves by name; random keys as the integers that they consist of."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {_name(path): leaf for path, leaf in leaves}
+    for name, leaf in flat.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                data = jax.eval_shape(jax.random.key_data, leaf)
+                flat[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+            else:
+                flat[name] = jax.random.key_data(leaf)
+    return flat
+
+
+def unflatten(flat: Mapping[str, Array], like: PyTree) -> PyTree:
+    """The inverse of `flatten`, into the structure of `like`."""
+
+    def leaf(path, template):
+        value = flat[_name(path)]
+        if jnp.issubdtype(template.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(value)
+        return value
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+@jax.jit
+def _audit(flat: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Whether each array is finite, and the sum of its bits as integers, modulo 2^32.
+
+    The sum is one of integers, so it is the same on every mesh.
+    """
+
+    def checksum(x):
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    finite = {
+        name: jnp.all(jnp.isfinite(x))
+        for name, x in flat.items()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    return finite, {name: checksum(x) for name, x in flat.items()}
+
+
+def _manager(directory: str, keep: int | None, read_only: bool = False) -> ocp.CheckpointManager:
+    options = (
+        ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        if read_only
+        else ocp.CheckpointManagerOptions(
+            preservation_policy=None if keep is None else ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+    )
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(epath.Path(directory), options=options, item_handlers=handlers)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: a local path or a bucket; made when missing.
+      identity: nested dictionary of what must be the same for a checkpoint to be continued.
+      config: the whole configuration, stored for `evaluate` and `generate`.
+      keep: how many of the newest to keep; None keeps all.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        identity: Mapping[str, Any],
+        config: Mapping[str, Any],
+        keep: int | None = 3,
+    ):
+        self.directory = str(
+            epath.Path(directory).absolute() if "://" not in directory else directory
+        )
+        self._identity = config_lib.plain(identity)
+        self._stored = {
+            "memjax": memjax.__version__,
+            "identity": self._identity,
+            "config": config_lib.plain(config),
+        }
+        self._manager = _manager(self.directory, keep)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data_state: Mapping[str, int]) -> None:
+        """Starts to save; returns as soon as the state may change (it is donated to the next step).
+
+        Args:
+          state: the training state.
+          data_state: what the data iterator's `get_state()` gives: integers, the same on all hosts.
+
+        Raises:
+          NonFiniteError: an array of the state is not finite; the earlier checkpoints stay.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        flat = flatten(state)
+        finite, checksums = jax.device_get(_audit(flat))
+        bad = [name for name, fine in finite.items() if not fine]
+        if bad:
+            raise NonFiniteError(f"{bad[0]} is not finite at step {step}; it was not saved")
+        tree = {
+            "state": flat,
+            "checksum": {name: np.asarray(value) for name, value in checksums.items()},
+            "data": {name: np.asarray(value, np.int64) for name, value in data_state.items()},
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(tree), config=ocp.args.JsonSave(self._stored)
+            ),
+        )
+
+    def restore(
+        self, like: TrainState, *, step: int | None = None, on_damage: str = "stop"
+    ) -> tuple[TrainState, dict[str, int]] | None:
+        """Reads a checkpoint into the places (the mesh) that `like` names.
+
+        Args:
+          like: shapes and shardings, of `state.abstract`.
+          step: which one; None takes the newest.
+          on_damage: "stop" raises; "previous" renames a damaged newest checkpoint to
+            `damaged-<step>` and takes the one before it.
+
+        Returns:
+          (state, the data iterator's state), or None when there is no checkpoint.
+
+        Raises:
+          MismatchError: it is of another model or optimiser.
+          DamagedError: its files are damaged.
+        """
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise ValueError(
+                    f"no checkpoint of step {step} in {self.directory}; there are {steps}"
+                )
+            steps = [step]
+        while steps:
+            candidate = steps.pop()
+            try:
+                return self._restore(candidate, like)
+            except DamagedError as error:
+                if on_damage != "previous" or step is not None:
+                    raise DamagedError(f"{error}. {self._remedy(steps)}") from error
+                moved = self._set_aside(candidate)
+                logging.error(
+                    "CHECKPOINT DAMAGED: %s. It was moved to %s; continuing from %s.",
+                    error,
+                    moved,
+                    f"step {steps[-1]}" if steps else "nothing: no other checkpoint is left",
+                )
+                if not steps:
+                    raise DamagedError(
+                        f"{error}. No other checkpoint is left; it was moved to {moved}. To start"
+                        " anew, run again"
+                    ) from error
+        return None
+
+    def _remedy(self, steps: list[int]) -> str:
+        if not steps:
+            return "It is the only one: restore its files, or start anew in another --workdir"
+        return (
+            f"The one before it is of step {steps[-1]}: to continue from there run with"
+            " --config.train.on_damage=previous (the damaged one is renamed, not deleted)"
+        )
+
+    def _set_aside(self, step: int) -> str:
+        source = epath.Path(self.directory) / str(step)
+        target = epath.Path(self.directory) / f"damaged-{step}"
+        count = 1
+        while target.exists():
+            count += 1
+            target = epath.Path(self.directory) / f"damaged-{step}-{count}"
+        if jax.process_count() > 1:  # all hosts have chosen the name before it is taken
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        if jax.process_index() == 0:
+            source.rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"was set aside {step}")
+        self._manager.reload()
+        return str(target)
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, int]]:
+        where = f"checkpoint {self.directory}/{step}"
+        stored = _reading(where, lambda: _read_config(self._manager, step))
+        _compare_identity(where, stored["identity"], self._identity)
+        shapes = _reading(where, lambda: self._manager.item_metadata(step)["state"].tree)
+        wanted = flatten(like)
+        _compare_shapes(where, shapes["state"], wanted)
+        tree = {
+            "state": wanted,
+            "checksum": {name: np.zeros((), np.uint32) for name in wanted},
+            "data": {name: np.zeros((), np.int64) for name in shapes["data"]},
+        }
+        tree = _reading(where, lambda: _read_arrays(self._manager, step, tree))
+        _verify(where, tree["state"], tree["checksum"])
+        data_state = {name: int(value) for name, value in tree["data"].items()}
+        return unflatten(tree["state"], like), data_state
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self._manager.close()
+
+
+def _reading(where: str, read) -> Any:
+    """`read()`, with every error that damaged files can cause turned into a `DamagedError`."""
+    try:
+        return read()
+    except (MismatchError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # says nothing about the files
+    except Exception as error:
+        summary = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise DamagedError(f"{where} is damaged ({summary})") from error
+
+
+def _read_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    if not isinstance(stored, dict) or not {"identity", "config"} <= set(stored):
+        raise ValueError("its configuration is missing")
+    return stored
+
+
+def _read_arrays(manager: ocp.CheckpointManager, step: int, tree: Any, *, partial=False) -> Any:
+    return manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=partial,
+            )
+        ),
+    )["state"]
+
+
+def _compare_identity(where: str, saved: Any, current: Any) -> None:
+    found = config_lib.difference(saved, current)
+    if found:
+        name, there, here = found
+        raise MismatchError(
+            f"{where} was made with {name} = {there!r}, but this run has {here!r}: give"
+            f" --config.{name}={there!r} to continue it, or another --workdir to start anew"
+        )
+
+
+def _compare_shapes(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise MismatchError(
+                f"{where} has no array {name}, which this model or optimiser needs: it was made by"
+                " another model, optimiser or version of memjax; start anew in another --workdir"
+            )
+        if tuple(saved[name].shape) != tuple(leaf.shape) or saved[name].dtype != leaf.dtype:
+            raise MismatchError(
+                f"{where} has {name} of shape {tuple(saved[name].shape)} {saved[name].dtype}, but"
+                f" this model needs {tuple(leaf.shape)} {leaf.dtype}: use the configuration that"
+                " the checkpoint was made with, or another --workdir"
+            )
+    extra = [name for name in saved if name not in wanted]
+    if extra:
+        raise MismatchError(
+            f"{where} has the array {extra[0]}, which this model or optimiser does not have: use"
+            " the configuration that the checkpoint was made with, or another --workdir"
+        )
+
+
+def _verify(where: str, flat: dict[str, Array], checksums: Mapping[str, Any]) -> None:
+    _, found = jax.device_get(_audit(flat))
+    for name, value in found.items():
+        if int(value) != int(checksums[name]):
+            raise DamagedError(f"{where} is damaged (the checksum of {name} does not match)")
+
+
+@functools.lru_cache(maxsize=8)
+def _reader(directory: str) -> ocp.CheckpointManager:
+    return _manager(directory, None, read_only=True)
+
+
+def _newest(directory: str, step: int | None) -> tuple[ocp.CheckpointManager, int, str]:
+    if not epath.Path(directory).exists():
+        raise FileNotFoundError(
+            f"{directory} does not exist: train first (experiments/train.py), or give the --workdir"
+            " of a run"
+        )
+    manager = _reader(directory)
+    manager.reload()
+    steps = sorted(manager.all_steps())
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {directory};"
+            f" there are {steps or 'none'}"
+        )
+    step = steps[-1] if step is None else step
+    return manager, step, f"checkpoint {directory}/{step}"
+
+
+def read_config(directory: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """The configuration that a checkpoint was made with.
+
+    Args:
+      directory: of the checkpoints.
+      step: which one; None takes the newest.
+
+    Returns:
+      (its step, the configuration as nested dictionaries).
+
+    Raises:
+      FileNotFoundError: there is none.
+      DamagedError: its files are damaged.
+    """
+    manager, step, where = _newest(directory, step)
+    return step, _reading(where, lambda: _read_config(manager, step))["config"]
+
+
+def read_params(
+    directory: str, like: PyTree, *, model: Mapping[str, Any], step: int | None = None
+) -> tuple[int, PyTree]:
+    """Only the parameters of a checkpoint, for evaluation and generation.
+
+    Args:
+      directory: of the checkpoints.
+      like: shapes and shardings of the parameters.
+      model: the part of the identity that describes the model; it must match.
+      step: which one; None takes the newest.
+
+    Returns:
+      (its step, the parameters).
+
+    Raises:
+      FileNotFoundError: there is none.
+      MismatchError: it is of another model.
+      DamagedError: its files are damaged.
+    """
+    manager, step, where = _newest(directory, step)
+    stored = _reading(where, lambda: _read_config(manager, step))
+    _compare_identity(
+        where, {"model": stored["identity"].get("model")}, {"model": config_lib.plain(model)}
+    )
+    shapes = _reading(where, lambda: manager.item_metadata(step)["state"].tree)["state"]
+    wanted = {f"params/{name}": leaf for name, leaf in flatten(like).items()}
+    _compare_shapes(where, {k: v for k, v in shapes.items() if k.startswith("params/")}, wanted)
+    checksums = {name: np.zeros((), np.uint32) for name in wanted}
+    tree = {"state": wanted, "checksum": checksums}
+    tree = _reading(where, lambda: _read_arrays(manager, step, tree, partial=True))
+    _verify(where, tree["state"], tree["checksum"])
+    flat = {name.removeprefix("params/"): leaf for name, leaf in tree["state"].items()}
+    return step, unflatten(flat, like)

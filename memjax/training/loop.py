@@ -1,0 +1,252 @@
+"""The training loop: steps, metrics, evaluation, checkpoints, and every way to stop."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from memjax.evaluation import losses, perplexity
+from memjax.evaluation.placement import place
+from memjax.training import metrics as metrics_lib
+from memjax.training import report
+from memjax.training import run as run_lib
+from memjax.training import state as state_lib
+from memjax.training import step as step_lib
+from memjax.training.checkpoint import Checkpoints, NonFiniteError
+from memjax.training.signals import StopSignals
+
+ADVICE = (
+    "Try a lower --config.train.lr, a longer --config.train.warmup, a smaller --config.train.clip"
+    " or --config.model.dtype=float32"
+)
+
+
+class Summary(NamedTuple):
+    """How a run ended.
+
+    Args:
+      step: optimiser steps taken in all.
+      stopped: "finished", "until", "SIGTERM" or "SIGINT".
+      resumed: the step that it started from.
+      validation: the last evaluation, or None.
+      seconds: time in the loop.
+      tokens_per_second: counted tokens over the time in training steps, without compiling.
+      report: directory of the report, or None when the run is not finished.
+    """
+
+    step: int
+    stopped: str
+    resumed: int
+    validation: perplexity.Result | None
+    seconds: float
+    tokens_per_second: float
+    report: str | None
+
+
+def checkpoint_dir(config: Mapping[str, Any], workdir: str) -> str:
+    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `<workdir>/checkpoints`."""
+    return config["train"].get("checkpoint_dir") or os.path.join(workdir, "checkpoints")
+
+
+def train(
+    config: ConfigDict | Mapping[str, Any],
+    workdir: str,
+    *,
+    until: int | None = None,
+    forward: losses.Forward = losses.forward,
+) -> Summary:
+    """Trains, from the newest checkpoint of the work directory when there is one.
+
+    The work directory gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at
+    the end, `report/`. A run that is stopped (by `until`, SIGTERM or Ctrl-C) saves first; the same
+    call goes on from there and gives, to the bit, what the run would have given without the stop.
+
+    Args:
+      config: see `training.config`.
+      workdir: directory of the run; made when missing.
+      until: stop after this many steps in all, as if interrupted; the schedule is not shortened.
+      forward: (model, batch, key) -> (logits, statistics), for losses with noise of their own.
+
+    Returns:
+      How the run ended.
+
+    Raises:
+      ValueError: a bad configuration, or checkpoints in `workdir` with `train.resume` off.
+      NonFiniteError: a loss or gradient that is not finite; the last checkpoint stays.
+      MismatchError, DamagedError: of `training.checkpoint`.
+    """
+    run = run_lib.build(config)
+    os.makedirs(workdir, exist_ok=True)
+    checkpoints = Checkpoints(
+        checkpoint_dir(run.config, workdir),
+        identity=run.identity,
+        config=run.config,
+        keep=run.train.keep,
+    )
+    try:
+        with jax.set_mesh(run.mesh), StopSignals() as signals:
+            return _train(run, workdir, checkpoints, signals, until, forward)
+    except NonFiniteError as error:
+        checkpoints.wait()
+        steps = checkpoints.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "none was saved so far"
+        raise NonFiniteError(
+            f"{error}. Training stopped; {kept} in {checkpoints.directory}. {ADVICE}"
+        ) from None
+    finally:
+        checkpoints.close()
+
+
+def _begin(run, checkpoints, pipeline) -> tuple[state_lib.TrainState, int]:
+    """The state to start from, and its step; the pipeline is moved there too."""
+    if checkpoints.steps() and not run.train.resume:
+        raise ValueError(
+            f"{checkpoints.directory} holds checkpoints up to step {checkpoints.steps()[-1]} but"
+            " train.resume is off: give another --workdir, or --config.train.resume=true"
+        )
+    found = checkpoints.restore(run.abstract_state, on_damage=run.train.on_damage)
+    if found is None:
+        key = jax.random.key(run.config["seed"])
+        return state_lib.start(run.make_model, run.optimizer, run.mesh, key), 0
+    state, data_state = found
+    pipeline.set_state(data_state)
+    logging.info("continuing from step %d of %s", int(state.step), checkpoints.directory)
+    return state, int(state.step)
+
+
+def _train(run, workdir, checkpoints, signals, until, forward) -> Summary:
+    began = time.perf_counter()
+    pipeline = run.training_data()
+    state, first = _begin(run, checkpoints, pipeline)
+    if jax.process_index() == 0:
+        with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(run.config, file, indent=1)
+    take_step = step_lib.compile(
+        step_lib.make(
+            run.graphdef,
+            run.optimizer,
+            run.learning_rate,
+            run.byte_lengths,
+            accumulate=run.train.accumulate,
+            forward=forward,
+        ),
+        run.abstract_state,
+        run.mesh,
+    )
+    evaluate_params = _evaluator(run)
+    options, total = run.train, run.train.steps
+    last = total if until is None else min(until, total)
+    meter = metrics_lib.Meter()
+    step, stopped, validation = first, None, None
+    with metrics_lib.Writer(workdir, first) as writer, _bar(run, first) as bar:
+        while step < last and not stopped:
+            state, found = take_step(state, place(next(pipeline), run.mesh))
+            step += 1
+            meter.push(step, found)
+            if step == first + 1:
+                meter.restart_clock()  # it was compiled
+            bar.update()
+            stopped = signals.received(step)
+            ending = step == last or stopped is not None
+            save = ending or step % options.checkpoint_every == 0
+            validate = options.evaluate_every and step % options.evaluate_every == 0
+            if ending or save or validate or step % options.log_every == 0:
+                values = meter.take()
+                writer.write("train", step, values)
+                _show(bar, values)
+            if save:
+                checkpoints.save(state, pipeline.get_state())
+            if validate and step < total and not stopped:
+                validation = evaluate_params(state.params)
+                writer.write("validation", step, validation._asdict())
+            if save or validate:
+                meter.restart_clock()
+        if step >= total and not stopped:
+            stopped = "finished"
+            validation = evaluate_params(state.params)
+            writer.write("validation", step, validation._asdict())
+    checkpoints.wait()
+    summary = Summary(
+        step=step,
+        stopped=stopped or "until",
+        resumed=first,
+        validation=validation,
+        seconds=time.perf_counter() - began,
+        tokens_per_second=meter.tokens_per_second,
+        report=None,
+    )
+    if summary.stopped != "finished" or jax.process_index() != 0:
+        return summary
+    return summary._replace(report=report.write(workdir, describe(run, summary)))
+
+
+def _bar(run: run_lib.Run, first: int) -> tqdm:
+    return tqdm(
+        total=run.train.steps,
+        initial=first,
+        unit="step",
+        disable=not run.train.progress or jax.process_index() != 0,
+        dynamic_ncols=True,
+    )
+
+
+def _show(bar: tqdm, values: Mapping[str, float]) -> None:
+    speed = values.get("tokens_per_second")
+    bar.set_postfix_str(
+        f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits/byte"
+        + ("" if speed is None else f", {speed:.0f} tok/s")
+    )
+
+
+def _evaluator(run: run_lib.Run):
+    """params -> the result on the validation split; compiled once, one pipeline for all passes."""
+    step = perplexity.make_step(run.graphdef, run.byte_lengths, run.mesh)
+    pipelines = []
+
+    def evaluate(params) -> perplexity.Result:
+        if not pipelines:
+            pipelines.append(run.validation_data())
+        pipelines[0].reset()
+        return perplexity.run(step, params, pipelines[0], mesh=run.mesh)
+
+    return evaluate
+
+
+def evaluate(run: run_lib.Run, params: Any) -> perplexity.Result:
+    """The parameters of a run on its validation split.
+
+    Args:
+      run: of `run.build`.
+      params: on the mesh of the run.
+
+    Returns:
+      The result over all hosts.
+    """
+    return _evaluator(run)(params)
+
+
+def describe(run: run_lib.Run, summary: Summary) -> dict[str, Any]:
+    """The numbers and texts at the top of a report."""
+    result = summary.validation
+    numbers = {} if result is None else result.scalars()
+    return {
+        "name": f"{'-'.join(run.model.pattern)}, {run.parameters:,} parameters",
+        "parameters": run.parameters,
+        "steps": summary.step,
+        **{f"validation_{name}": value for name, value in numbers.items()},
+        "tokens_per_second": summary.tokens_per_second,
+        "seconds_of_the_last_part": summary.seconds,
+        "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
+        "mesh": " ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
+        "context": run.context,
+        "batch": run.train.batch,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,147 @@
+"""The report of a run: loss curve, loss by position in the context, and the numbers, as files."""
+
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from memjax.training import metrics
+
+NO_PLOTS = 'no figures: they need matplotlib; install it with `pip install "memjax[plot]"`'
+
+
+def _figure():
+    """matplotlib's Figure (which draws without a screen), or None when it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure
+
+
+def _numbers(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(x["step"], float(x[name])) for x in lines if name in x]
+    return np.array([s for s, _ in pairs]), np.array([value for _, value in pairs])
+
+
+def _loss_curve(figure_type, history, path: str) -> None:
+    figure = figure_type(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, style in (("train", "-"), ("validation", "o-")):
+        steps, values = _numbers(history[kind], "bits_per_byte")
+        if len(steps):
+            axes.plot(steps, values, style, label=kind, linewidth=1, markersize=4)
+    axes.set(xlabel="step", ylabel="bits per byte", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def buckets(
+    loss: np.ndarray, count: np.ndarray, most: int = 48
+) -> list[tuple[int, int, float, float]]:
+    """Loss by position, averaged over stretches that grow with the position.
+
+    Args:
+      loss: [T] mean loss at each position.
+      count: [T] how many tokens each mean is over.
+      most: about how many stretches.
+
+    Returns:
+      (first position, one past the last, mean loss weighted by count, tokens), without empty ones.
+    """
+    time = len(loss)
+    edges = np.unique(np.round(np.geomspace(1, time + 1, most + 1)).astype(int)) - 1
+    found = []
+    for first, end in itertools.pairwise(edges):
+        tokens = float(count[first:end].sum())
+        if tokens:
+            total = float(np.nansum(loss[first:end] * count[first:end]))
+            found.append((int(first), int(end), total / tokens, tokens))
+    return found
+
+
+def _position_curve(figure_type, stretches, path: str) -> None:
+    figure = figure_type(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([(a + b - 1) / 2 + 1 for a, b, *_ in stretches], [x[2] for x in stretches], "o-")
+    axes.set(
+        xlabel="tokens of the document seen in this row",
+        ylabel="loss (nats a token)",
+        title="Loss by position in the context (validation)",
+        xscale="log",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def write(workdir: str, summary: dict[str, Any]) -> str:
+    """Writes `<workdir>/report/`: report.md, report.json, loss.png, position.png.
+
+    The curves come from `metrics.jsonl`; loss by position from its last validation. Without
+    matplotlib the figures are left out and the report says how to get them.
+
+    Args:
+      workdir: directory of the run.
+      summary: named numbers and texts of the run, as the loop gives them.
+
+    Returns:
+      The directory.
+    """
+    directory = os.path.join(workdir, "report")
+    os.makedirs(directory, exist_ok=True)
+    history = metrics.read(workdir)
+    validation = history["validation"]
+    stretches = []
+    if validation:
+        last = validation[-1]
+        stretches = buckets(
+            np.array([float(x) for x in last["loss_by_position"]]),
+            np.array([float(x) for x in last["tokens_by_position"]]),
+        )
+
+    figures = {}
+    figure_type = _figure()
+    if figure_type is None:
+        logging.warning("%s", NO_PLOTS)
+    else:
+        if history["train"] or validation:
+            figures["loss.png"] = "Bits per byte during training"
+            _loss_curve(figure_type, history, os.path.join(directory, "loss.png"))
+        if stretches:
+            figures["position.png"] = "Validation loss by position in the context"
+            _position_curve(figure_type, stretches, os.path.join(directory, "position.png"))
+
+    curve = {
+        kind: [[x["step"], x["bits_per_byte"]] for x in lines] for kind, lines in history.items()
+    }
+    content = {**summary, "bits_per_byte_curve": curve, "loss_by_position": stretches}
+    with open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
+        file.write(_markdown(summary, figures, stretches))
+    return directory
+
+
+def _markdown(summary: dict[str, Any], figures: dict[str, str], stretches) -> str:
+    def text(value):
+        if isinstance(value, float):
+            return (
+                f"{value:.4g}" if not math.isfinite(value) or abs(value) < 1e5 else f"{value:.0f}"
+            )
+        return str(value)
+
+    lines = [f"# {summary.get('name', 'Run')}", "", "| | |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {text(value)} |" for name, value in summary.items()]
+    for name, caption in figures.items():
+        lines += ["", f"![{caption}]({name})"]
+    if not figures:
+        lines += ["", NO_PLOTS[0].upper() + NO_PLOTS[1:] + "."]
+    if stretches:
+        lines += ["", "| positions | loss (nats a token) | tokens |", "|---|---|---|"]
+        lines += [f"| {a} to {b - 1} | {loss:.4f} | {n:.0f} |" for a, b, loss, n in stretches]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,180 @@
+"""From a configuration to the parts of a run: model, data, mesh, optimiser."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from memjax import data, sharding
+from memjax.models import LanguageModel, LanguageModelConfig
+from memjax.training import config as config_lib
+from memjax.training import optimizer as optimizer_lib
+from memjax.training import state as state_lib
+from memjax.training.config import EvaluateConfig, MeshConfig, TrainConfig
+from memjax.typing import PyTree
+
+# What may differ between the run that saved and the one that goes on: how it computes, not what.
+FREE = ("remat", "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run. Nothing is computed on a device yet.
+
+    Args:
+      config: the whole configuration as nested dictionaries, with `model.vocab` filled in.
+      model, train, evaluate: its sections.
+      mesh: of `sharding.make_mesh`.
+      tokenizer: of `data.make_tokenizer`.
+      make_model: builds the model from its random streams.
+      graphdef: the static part of the model.
+      shapes: the parameters as shapes.
+    """
+
+    config: dict[str, Any]
+    model: LanguageModelConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    mesh: Mesh
+    tokenizer: Any
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    graphdef: Any
+    shapes: PyTree
+
+    @functools.cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """The schedule, a function of the step."""
+        return optimizer_lib.learning_rate(self.train)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimiser that `train` names."""
+        return optimizer_lib.make(self.train, self.shapes)
+
+    @functools.cached_property
+    def abstract_state(self) -> state_lib.TrainState:
+        """Shapes and shardings of the training state."""
+        return state_lib.abstract(self.make_model, self.optimizer, self.mesh)
+
+    @functools.cached_property
+    def abstract_params(self) -> PyTree:
+        """Shapes and shardings of the parameters alone."""
+        return jax.tree.map(
+            lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+            self.shapes,
+            sharding.shardings(self.shapes, self.mesh),
+        )
+
+    @property
+    def context(self) -> int:
+        """Tokens of a training row."""
+        return self.train.context or self.model.context
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """[vocab] bytes of each token; a vocabulary larger than the tokenizer's ends in zeros."""
+        known = np.asarray(self.tokenizer.byte_lengths)
+        return np.pad(known, (0, self.model.vocab - len(known)))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be continued by this run."""
+        fields = config_lib.plain(self.model)
+        return {"model": {name: value for name, value in fields.items() if name not in FREE}}
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes))
+
+    def training_data(self) -> data.Pipeline:
+        """This host's share of the training batches, from the first one."""
+        return self._pipeline("train", self.train.batch, self.context)
+
+    def validation_data(self) -> data.Pipeline:
+        """This host's share of one pass over the validation split."""
+        batch = self.evaluate.batch or self.train.batch
+        rows = None if self.evaluate.batches is None else self.evaluate.batches * batch
+        return self._pipeline("validation", batch, self.evaluate.context or self.context, rows=rows)
+
+    def _pipeline(self, split: str, batch: int, context: int, **options) -> data.Pipeline:
+        return data.make_pipeline(
+            self.config["data"],
+            split=split,
+            batch=batch,
+            context=context,
+            seed=self.config["seed"],
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **options,
+        )
+
+
+def build(config: ConfigDict | Mapping[str, Any]) -> Run:
+    """Checks a configuration and makes the parts that it describes.
+
+    Args:
+      config: sections model, data, train, evaluate, mesh and the entries seed and workdir; what is
+        left out takes its default. `model.vocab` defaults to the tokenizer's.
+
+    Returns:
+      The parts.
+
+    Raises:
+      ValueError: an unknown key, a value out of range, a mesh that does not divide the batch, the
+        context or a parameter.
+    """
+    values = config_lib.plain(config_lib.complete(config))
+    tokenizer = data.make_tokenizer(values["data"]["tokenizer"])
+    if values["model"]["vocab"] is None:
+        values["model"]["vocab"] = tokenizer.vocab
+    if values["model"]["vocab"] < tokenizer.vocab:
+        raise ValueError(
+            f"model.vocab {values['model']['vocab']} is smaller than the {tokenizer.vocab} tokens"
+            f" of data.tokenizer {values['data']['tokenizer']!r}; leave model.vocab out"
+        )
+    model = LanguageModelConfig.from_dict(values["model"])
+    train = config_lib.section(TrainConfig, "train", values["train"])
+    evaluate = config_lib.section(EvaluateConfig, "evaluate", values["evaluate"])
+    sizes = dataclasses.asdict(config_lib.section(MeshConfig, "mesh", values["mesh"]))
+    mesh = sharding.make_mesh(**sizes)
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        return LanguageModel(model, rngs=rngs)
+
+    graphdef, shapes = state_lib.describe(make_model)
+    run = Run(values, model, train, evaluate, mesh, tokenizer, make_model, graphdef, shapes)
+    _check_batches(run)
+    return run
+
+
+def _check_batches(run: Run) -> None:
+    hosts, mesh = jax.process_count(), dict(run.mesh.shape)
+    over_batch, over_time = mesh["data"] * mesh["fsdp"], mesh["sequence"]
+    for name, rows in (
+        ("train.batch / train.accumulate", run.train.batch // run.train.accumulate),
+        ("evaluate.batch", run.evaluate.batch or run.train.batch),
+    ):
+        if rows % over_batch:
+            raise ValueError(
+                f"{name} = {rows} rows cannot be split over mesh.data * mesh.fsdp = {over_batch}"
+                f" devices: make it a multiple of {over_batch}, or give --config.mesh.data"
+            )
+    if run.train.batch % hosts or (run.evaluate.batch or 0) % hosts:
+        raise ValueError(
+            f"train.batch {run.train.batch} and evaluate.batch must be multiples of the {hosts}"
+            " hosts"
+        )
+    for name, time in (("train", run.context), ("evaluate", run.evaluate.context or run.context)):
+        if time % over_time:
+            raise ValueError(
+                f"{name}.context {time} cannot be split over mesh.sequence = {over_time} devices:"
+                f" make it a multiple of {over_time}"
+            )
