@@ -1,5 +1,6 @@
 """Layers: the Flax modules that own slow weights and call the pure functions."""
 
+from memjax.layers.attention import Attention, AttentionState
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.feed_forward import SwiGLU
 from memjax.layers.linear import Linear
@@ -7,6 +8,8 @@ from memjax.layers.norm import RMSNorm
 from memjax.layers.rotary import rotary
 
 __all__ = [
+    "Attention",
+    "AttentionState",
     "CausalConv",
     "ConvState",
     "Linear",
