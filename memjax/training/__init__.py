@@ -4,7 +4,7 @@ from memjax.training.checkpoint import Checkpoints, DamagedError, MismatchError
 from memjax.training.config import EvaluateConfig, MeshConfig, TrainConfig, complete
 from memjax.training.loop import Summary, train
 from memjax.training.metrics import NonFiniteError
-from memjax.training.run import Run, build
+from memjax.training.run import Run, build, load
 from memjax.training.state import TrainState
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "TrainState",
     "build",
     "complete",
+    "load",
     "train",
 ]

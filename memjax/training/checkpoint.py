@@ -91,14 +91,11 @@ def _audit(flat: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     return finite, {name: checksum(x) for name, x in flat.items()}
 
 
-def _manager(directory: str, keep: int | None, read_only: bool = False) -> ocp.CheckpointManager:
-    options = (
-        ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-        if read_only
-        else ocp.CheckpointManagerOptions(
-            preservation_policy=None if keep is None else ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+def _manager(directory: str, *, keep: int | None, create: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=None if keep is None else ocp.checkpoint_managers.LatestN(keep),
+        create=create,
+        cleanup_tmp_directories=create,
     )
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(epath.Path(directory), options=options, item_handlers=handlers)
@@ -131,7 +128,7 @@ class Checkpoints:
             "identity": self._identity,
             "config": config_lib.plain(config),
         }
-        self._manager = _manager(self.directory, keep)
+        self._manager = _manager(self.directory, keep=keep, create=True)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -304,6 +301,13 @@ def _compare_identity(where: str, saved: Any, current: Any) -> None:
         )
 
 
+def _restrict(saved: Any, like: Any) -> Any:
+    """The entries of `saved` that `like` has too."""
+    if not isinstance(saved, Mapping) or not isinstance(like, Mapping):
+        return saved
+    return {name: _restrict(saved[name], like[name]) for name in like if name in saved}
+
+
 def _compare_shapes(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, leaf in wanted.items():
         if name not in saved:
@@ -334,7 +338,7 @@ def _verify(where: str, flat: dict[str, Array], checksums: Mapping[str, Any]) ->
 
 @functools.lru_cache(maxsize=8)
 def _reader(directory: str) -> ocp.CheckpointManager:
-    return _manager(directory, None, read_only=True)
+    return _manager(directory, keep=None, create=False)
 
 
 def _newest(directory: str, step: int | None) -> tuple[ocp.CheckpointManager, int, str]:
@@ -374,14 +378,14 @@ def read_config(directory: str, step: int | None = None) -> tuple[int, dict[str,
 
 
 def read_params(
-    directory: str, like: PyTree, *, model: Mapping[str, Any], step: int | None = None
+    directory: str, like: PyTree, *, identity: Mapping[str, Any], step: int | None = None
 ) -> tuple[int, PyTree]:
     """Only the parameters of a checkpoint, for evaluation and generation.
 
     Args:
       directory: of the checkpoints.
       like: shapes and shardings of the parameters.
-      model: the part of the identity that describes the model; it must match.
+      identity: what must match; entries of the checkpoint's identity that it lacks are free.
       step: which one; None takes the newest.
 
     Returns:
@@ -394,9 +398,7 @@ def read_params(
     """
     manager, step, where = _newest(directory, step)
     stored = _reading(where, lambda: _read_config(manager, step))
-    _compare_identity(
-        where, {"model": stored["identity"].get("model")}, {"model": config_lib.plain(model)}
-    )
+    _compare_identity(where, _restrict(stored["identity"], identity), config_lib.plain(identity))
     shapes = _reading(where, lambda: manager.item_metadata(step)["state"].tree)["state"]
     wanted = {f"params/{name}": leaf for name, leaf in flatten(like).items()}
     _compare_shapes(where, {k: v for k, v in shapes.items() if k.startswith("params/")}, wanted)

@@ -2,13 +2,13 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -50,11 +50,6 @@ class Summary(NamedTuple):
     report: str | None
 
 
-def checkpoint_dir(config: Mapping[str, Any], workdir: str) -> str:
-    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `<workdir>/checkpoints`."""
-    return config["train"].get("checkpoint_dir") or os.path.join(workdir, "checkpoints")
-
-
 def train(
     config: ConfigDict | Mapping[str, Any],
     workdir: str,
@@ -85,7 +80,7 @@ def train(
     run = run_lib.build(config)
     os.makedirs(workdir, exist_ok=True)
     checkpoints = Checkpoints(
-        checkpoint_dir(run.config, workdir),
+        run_lib.checkpoint_dir(run.config, workdir),
         identity=run.identity,
         config=run.config,
         keep=run.train.keep,
@@ -117,7 +112,7 @@ def _begin(run, checkpoints, pipeline) -> tuple[state_lib.TrainState, int]:
         return state_lib.start(run.make_model, run.optimizer, run.mesh, key), 0
     state, data_state = found
     pipeline.set_state(data_state)
-    logging.info("continuing from step %d of %s", int(state.step), checkpoints.directory)
+    _say(run, f"continuing from step {int(state.step)} of {checkpoints.directory}")
     return state, int(state.step)
 
 
@@ -185,6 +180,11 @@ def _train(run, workdir, checkpoints, signals, until, forward) -> Summary:
     if summary.stopped != "finished" or jax.process_index() != 0:
         return summary
     return summary._replace(report=report.write(workdir, describe(run, summary)))
+
+
+def _say(run: run_lib.Run, text: str) -> None:
+    if run.train.progress and jax.process_index() == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def _bar(run: run_lib.Run, first: int) -> tqdm:

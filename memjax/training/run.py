@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from memjax import data, sharding
 from memjax.models import LanguageModel, LanguageModelConfig
+from memjax.training import checkpoint
 from memjax.training import config as config_lib
 from memjax.training import optimizer as optimizer_lib
 from memjax.training import state as state_lib
@@ -87,7 +89,10 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be continued by this run."""
         fields = config_lib.plain(self.model)
-        return {"model": {name: value for name, value in fields.items() if name not in FREE}}
+        return {
+            "model": {name: value for name, value in fields.items() if name not in FREE},
+            "data": {"tokenizer": self.tokenizer.name},
+        }
 
     @property
     def parameters(self) -> int:
@@ -96,13 +101,32 @@ class Run:
 
     def training_data(self) -> data.Pipeline:
         """This host's share of the training batches, from the first one."""
+        part = self.train.batch // self.train.accumulate
+        self._check("train.batch / train.accumulate", part, "train.context", self.context)
         return self._pipeline("train", self.train.batch, self.context)
 
     def validation_data(self) -> data.Pipeline:
         """This host's share of one pass over the validation split."""
         batch = self.evaluate.batch or self.train.batch
+        context = self.evaluate.context or self.context
+        self._check("evaluate.batch", batch, "evaluate.context", context)
         rows = None if self.evaluate.batches is None else self.evaluate.batches * batch
-        return self._pipeline("validation", batch, self.evaluate.context or self.context, rows=rows)
+        return self._pipeline("validation", batch, context, rows=rows)
+
+    def _check(self, batch_name: str, batch: int, context_name: str, context: int) -> None:
+        """Raises a ValueError where the mesh does not divide the batch or the context."""
+        sizes = self.mesh.shape
+        over = sizes["data"] * sizes["fsdp"]
+        if batch % over:
+            raise ValueError(
+                f"{batch_name} = {batch} rows cannot be split over mesh.data * mesh.fsdp = {over}"
+                f" devices: make it a multiple of {over}, or set --config.mesh.data"
+            )
+        if context % sizes["sequence"]:
+            raise ValueError(
+                f"{context_name} = {context} tokens cannot be split over mesh.sequence ="
+                f" {sizes['sequence']} devices: make it a multiple"
+            )
 
     def _pipeline(self, split: str, batch: int, context: int, **options) -> data.Pipeline:
         return data.make_pipeline(
@@ -128,8 +152,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Run:
       The parts.
 
     Raises:
-      ValueError: an unknown key, a value out of range, a mesh that does not divide the batch, the
-        context or a parameter.
+      ValueError: an unknown key, a value out of range, a mesh that the devices do not fill.
     """
     values = config_lib.plain(config_lib.complete(config))
     tokenizer = data.make_tokenizer(values["data"]["tokenizer"])
@@ -150,31 +173,44 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Run:
         return LanguageModel(model, rngs=rngs)
 
     graphdef, shapes = state_lib.describe(make_model)
-    run = Run(values, model, train, evaluate, mesh, tokenizer, make_model, graphdef, shapes)
-    _check_batches(run)
-    return run
+    return Run(values, model, train, evaluate, mesh, tokenizer, make_model, graphdef, shapes)
 
 
-def _check_batches(run: Run) -> None:
-    hosts, mesh = jax.process_count(), dict(run.mesh.shape)
-    over_batch, over_time = mesh["data"] * mesh["fsdp"], mesh["sequence"]
-    for name, rows in (
-        ("train.batch / train.accumulate", run.train.batch // run.train.accumulate),
-        ("evaluate.batch", run.evaluate.batch or run.train.batch),
-    ):
-        if rows % over_batch:
-            raise ValueError(
-                f"{name} = {rows} rows cannot be split over mesh.data * mesh.fsdp = {over_batch}"
-                f" devices: make it a multiple of {over_batch}, or give --config.mesh.data"
-            )
-    if run.train.batch % hosts or (run.evaluate.batch or 0) % hosts:
-        raise ValueError(
-            f"train.batch {run.train.batch} and evaluate.batch must be multiples of the {hosts}"
-            " hosts"
-        )
-    for name, time in (("train", run.context), ("evaluate", run.evaluate.context or run.context)):
-        if time % over_time:
-            raise ValueError(
-                f"{name}.context {time} cannot be split over mesh.sequence = {over_time} devices:"
-                f" make it a multiple of {over_time}"
-            )
+def load(
+    workdir: str,
+    config: ConfigDict | Mapping[str, Any] | None = None,
+    *,
+    step: int | None = None,
+) -> tuple[Run, int, PyTree]:
+    """A trained model from a work directory: `nnx.merge(run.graphdef, params)`.
+
+    Args:
+      workdir: of a run.
+      config: in place of the one that the checkpoint was made with; it must describe the same
+        model, but may have another mesh, context, dtype or data.
+      step: which checkpoint; None takes the newest.
+
+    Returns:
+      (the parts of the run, step of the checkpoint, parameters on the run's mesh).
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      MismatchError: the checkpoint is of another model than `config` describes.
+      DamagedError: its files are damaged.
+    """
+    given = {} if config is None else config_lib.plain(config)
+    directory = checkpoint_dir(given, workdir)
+    if config is None:
+        _, given = checkpoint.read_config(directory, step)
+    run = build(given)
+    identity = run.identity
+    identity["model"].pop("context")  # a model may be read with a longer one
+    step, params = checkpoint.read_params(
+        directory, run.abstract_params, identity=identity, step=step
+    )
+    return run, step, params
+
+
+def checkpoint_dir(config: Mapping[str, Any], workdir: str) -> str:
+    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `<workdir>/checkpoints`."""
+    return config.get("train", {}).get("checkpoint_dir") or os.path.join(workdir, "checkpoints")

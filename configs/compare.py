@@ -1,0 +1,78 @@
+"""MAC, MAG, MAL, LMM and Transformer at equal parameters on the embedded corpus.
+
+What:     five models of the size of configs/quickstart.py; the feed-forward layers are made as wide
+          as it takes for all to have the parameters of the MAC model (within 0.5 %).
+Command:  for v in mac mag mal lmm transformer; do for s in 0 1 2; do
+            python experiments/train.py --config=configs/compare.py:$v --config.seed=$s \
+                --workdir=runs/compare/$v-$s; done; done
+Hardware: two CPU cores, a few minutes each.
+Result:   docs/performance.md.
+
+Variants: `:mac`, `:mag`, `:mal`, `:lmm`, `:transformer`, and each with `_smoke` for a run of
+seconds; `:smoke` is `:mac_smoke`.
+"""
+
+from ml_collections import ConfigDict
+
+from memjax import models
+from memjax.training import complete
+
+BLOCKS = ("mac", "mag", "mal", "lmm", "transformer")
+
+
+def _equal(block: str, sizes: dict) -> int:
+    """Hidden units that give a model of these blocks as many parameters as the MAC model has."""
+
+    def parameters(name: str, hidden: int) -> int:
+        config = {"vocab": 384, **sizes, "pattern": (name,), "hidden": hidden}
+        return models.parameter_count(models.LanguageModelConfig.from_dict(config))
+
+    wanted = parameters("mac", sizes["hidden"])
+    one, two = parameters(block, 8), parameters(block, 16)
+    per_unit = (two - one) / 8  # parameters are linear in the hidden units
+    return max(8, 8 * round((8 + (wanted - one) / per_unit) / 8))
+
+
+def get_config(variant: str = "mac") -> ConfigDict:
+    block, _, smoke = ("mac_smoke" if variant == "smoke" else variant).partition("_")
+    if block not in BLOCKS or smoke not in ("", "smoke"):
+        raise ValueError(
+            f"configs/compare.py has no variant {variant!r}; there are {', '.join(BLOCKS)}, each"
+            " also with _smoke"
+        )
+    sizes = {
+        "dim": 128,
+        "layers": 4,
+        "heads": 4,
+        "hidden": 384,
+        "context": 256,
+        "segment": 64,
+        "window": 64,
+        "persistent": 4,
+        "memory": {"chunk": 16, "expansion": 2},
+        "dtype": "float32",
+    }
+    train = {
+        "steps": 600,
+        "batch": 16,
+        "lr": 2e-3,
+        "warmup": 60,
+        "evaluate_every": 200,
+        "checkpoint_every": 200,
+    }
+    evaluate = {"batches": 32}
+    if smoke:
+        sizes |= {"dim": 32, "layers": 2, "heads": 2, "hidden": 64, "context": 64}
+        sizes |= {"segment": 32, "window": 32}
+        train |= {"steps": 4, "batch": 8, "warmup": 2, "log_every": 2}
+        evaluate = {"batches": 1}
+    model = {**sizes, "pattern": (block,), "hidden": _equal(block, sizes)}
+    return complete(
+        {
+            "model": model,
+            "data": {"source": "stdlib", "tokenizer": "byte"},
+            "train": train,
+            "evaluate": evaluate,
+            "workdir": f"runs/compare/{block}{'-smoke' if smoke else ''}",
+        }
+    )

@@ -1,0 +1,152 @@
+"""The command line of the experiments: a config file with overrides, errors that say what to do."""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from memjax.training.checkpoint import DamagedError, MismatchError
+from memjax.training.config import nearest
+from memjax.training.metrics import NonFiniteError
+
+flags.disclaim_key_flags()  # --help shows them as the script's own
+HELP = (
+    "config file, with its variant after a colon (configs/quickstart.py:smoke); every field of it"
+    " can be overridden: --config.train.lr=1e-3, --config.mesh.data=8,"
+    " --config.model.pattern=\"('mac', 'transformer')\""
+)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    ImportError,
+    MismatchError,
+    DamagedError,
+    NonFiniteError,
+)
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config` and its overrides, and `--traceback`."""
+    flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
+    return config_flags.DEFINE_config_file("config", None, HELP)
+
+
+def load_config(argument: str) -> ConfigDict:
+    """What a config file gives.
+
+    Args:
+      argument: `path` or `path:variant`.
+
+    Returns:
+      Its `get_config(variant)`.
+
+    Raises:
+      ValueError: no such file, no `get_config` in it, or a variant that it does not know.
+    """
+    path, _, variant = argument.partition(":")
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        found = os.listdir(folder) if os.path.isdir(folder) else []
+        names = [os.path.join(os.path.dirname(path), f) for f in found if f.endswith(".py")]
+        hint = nearest(path, names) if names else "give the path of a config file"
+        raise ValueError(f"config file {path!r} does not exist: {hint}")
+    spec = importlib.util.spec_from_file_location("memjax_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config(variant), so it is no config file")
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> dict[str, bool]:
+    """The dotted name of every section (False) and field (True)."""
+    keys = {}
+    for key in config:
+        section = isinstance(config[key], ConfigDict)
+        keys[prefix + key] = not section
+        if section:
+            keys |= _keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def check(argv: Sequence[str]) -> None:
+    """Checks the config file and the names of the overrides before the flags are parsed.
+
+    Args:
+      argv: the command line.
+
+    Raises:
+      ValueError: what `load_config` raises; an override of a field that the configuration does not
+        have, with the nearest ones; overrides without a config file.
+    """
+    argument, overrides = None, []
+    for i, arg in enumerate(argv):
+        if arg == "--":
+            break
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            argument = match[1] if match[1] is not None else (argv[i + 1 : i + 2] or [None])[0]
+        elif match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=.*)?", arg):
+            overrides.append(match[1])
+    if argument is None:
+        if overrides:
+            raise ValueError(f"--config.{overrides[0]} needs --config=FILE before it")
+        return
+    keys = _keys(load_config(argument))
+    for name in overrides:
+        if name not in keys:
+            raise ValueError(
+                f"unknown field --config.{name}: {nearest(name, [k for k in keys if keys[k]])}"
+            )
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if not any(re.match(r"--?help", arg) for arg in argv):
+        try:
+            check(argv)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    return app.parse_flags_with_usage(argv)
+
+
+def use_compilation_cache(workdir: str) -> None:
+    """Keeps compiled programs in `xla_cache` beside the work directory, unless JAX was told where.
+
+    Args:
+      workdir: directory of the run.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = os.path.join(os.path.dirname(os.path.abspath(workdir)), "xla_cache")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Parses the flags and calls `main()`; its integer, if any, is the exit status.
+
+    An error that the user can mend is one line and exit status 1; bad flags are exit status 2.
+
+    Args:
+      main: the program.
+    """
+
+    def guarded(argv: Sequence[str]) -> Any:
+        if len(argv) > 1:
+            print(f"error: {argv[1]!r} is no flag; see --help", file=sys.stderr)
+            return 2
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # at INFO, Orbax says much about each save
+        try:
+            return main()
+        except USER_ERRORS as error:
+            if flags.FLAGS.traceback:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(guarded, flags_parser=_parse)
