@@ -85,7 +85,7 @@ class LanguageModelConfig:
     head_dim: int | None = None
     kv_heads: int | None = None
     qk_norm: bool = False
-    rope_base: float = 10000.0
+    rope_base: float | int = 10000.0
     tied: bool = True
     context: int = 4096
     window: int = 512

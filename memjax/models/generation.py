@@ -26,9 +26,9 @@ def generate(
     *,
     length: int,
     key: Key | None = None,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | int | None = None,
     prefill_chunk: int = 512,
 ) -> Iterator[Int[Array, "B"]]:
     """Streams `length` tokens that continue the prompt.

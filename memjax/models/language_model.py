@@ -12,8 +12,8 @@ from memjax.layers import RMSNorm
 from memjax.layers.linear import fan_in_normal
 from memjax.models.blocks import RESIDUAL, Block
 from memjax.models.config import LanguageModelConfig
-from memjax.sharding import constrain
-from memjax.typing import Array, Float, Int
+from memjax.sharding import constrain, constrain_params
+from memjax.typing import Array, Float, Int, PyTree
 
 EMBEDDING_STDDEV = 0.02
 
@@ -137,7 +137,8 @@ class LanguageModel(nnx.Module):
         else:
             seen = positions[:, -1] + 1
 
-        x = constrain(self.embedding[...][tokens].astype(self.config.dtype), RESIDUAL)
+        table = constrain_params(self.embedding)[...]
+        x = constrain(table[tokens].astype(self.config.dtype), RESIDUAL)
         split = [nnx.split(module) for module in self.blocks]
         graphdefs = [graphdef for graphdef, _ in split]
 
@@ -145,7 +146,7 @@ class LanguageModel(nnx.Module):
             values, states = layer
             after = []
             for j, graphdef in enumerate(graphdefs):
-                x, block_state = nnx.merge(graphdef, values[j])(
+                x, block_state = nnx.merge(graphdef, constrain_params(_layer(values[j])))(
                     x,
                     None if states is None else states[j],
                     segment_ids=segment_ids,
@@ -170,9 +171,9 @@ class LanguageModel(nnx.Module):
         """
         x = self.norm(x)
         if self.head_kernel is None:
-            kernel = self.embedding[...].astype(x.dtype).T
+            kernel = constrain_params(self.embedding)[...].astype(x.dtype).T
         else:
-            kernel = self.head_kernel[...].astype(x.dtype)
+            kernel = constrain_params(self.head_kernel)[...].astype(x.dtype)
         logits = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", "time", "vocab")) if logits.ndim == 3 else logits
 
@@ -192,6 +193,15 @@ def _stack(build: Callable[[nnx.Rngs], Block], repeats: int, rngs: nnx.Rngs) -> 
         if isinstance(node, nnx.Param):
             node.set_metadata(axes=("layers", *node.get_metadata()["axes"]))
     return block
+
+
+def _layer(values: PyTree) -> PyTree:
+    """One slice of stacked parameters, its axes no longer led by "layers"."""
+
+    def unstacked(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(axes=variable.get_metadata()["axes"][1:])
+
+    return jax.tree.map(unstacked, values, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _remat(body: Callable, policy: str) -> Callable:

@@ -59,7 +59,7 @@ def parameter_count(config: LanguageModelConfig) -> int:
         The sum of the sizes of all `nnx.Param`; a tied embedding counts once.
     """
 
-    def params() -> nnx.State:
+    def params():
         return nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
 
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(params)))

@@ -204,15 +204,19 @@ def constrain(x: Array, axes: Axes) -> Array:
     Raises:
       ValueError: as `spec`.
     """
+    return _constrain(x, axes, "activation", "activation")
+
+
+def _constrain(x: Array, axes: Axes, column: str, name: str) -> Array:
     if len(axes) != x.ndim:
-        raise ValueError(f"activation has shape {x.shape} but the axes {tuple(axes)}")
-    resolved = _resolve(axes, "activation")
+        raise ValueError(f"{name} has shape {x.shape} but the axes {tuple(axes)}")
+    resolved = _resolve(axes, column)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    auto = {name for name, kind in kinds if kind == AxisType.Auto}
-    if math.prod(mesh.shape[name] for name in auto) == 1:
+    auto = {axis for axis, kind in kinds if kind == AxisType.Auto}
+    if math.prod(mesh.shape[axis] for axis in auto) == 1:
         return x
     entries = []
     for dimension, mesh_axes in enumerate(resolved):
@@ -220,9 +224,7 @@ def constrain(x: Array, axes: Axes) -> Array:
         parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
         if x.shape[dimension] % parts:
             if axes[dimension] not in _ELASTIC:
-                raise ValueError(
-                    _indivisible("activation", axes, x.shape, dimension, mesh_axes, parts)
-                )
+                raise ValueError(_indivisible(name, axes, x.shape, dimension, mesh_axes, parts))
             mesh_axes = ()
         entries.append(_entry(mesh_axes))
     return _pin(x, PartitionSpec(*entries))
@@ -261,6 +263,29 @@ def param_axes(params: PyTree) -> PyTree:
       ValueError: a parameter without axes, or with another number of axes than dimensions.
     """
     return jax.tree_util.tree_map_with_path(_axes_of, params, is_leaf=_is_variable)
+
+
+def constrain_params(params: PyTree) -> PyTree:
+    """The parameters, laid out as their own logical axes say, and so are their gradients.
+
+    A model calls it where it uses its parameters, inside the scan over layers: each layer is
+    gathered when its turn comes, and its gradient is split before it is added up.
+
+    Args:
+        params: `nnx.Variable`s or a tree of them.
+
+    Returns:
+        The same tree, the same values; no change where `constrain` makes none.
+
+    Raises:
+        ValueError: a parameter that the mesh does not divide, or without axes.
+    """
+
+    def pin(path, variable):
+        axes, name = _axes_of(path, variable), f"parameter {jax.tree_util.keystr(path)}"
+        return jax.tree.map(lambda x: _constrain(x, axes, "parameter", name), variable)
+
+    return jax.tree_util.tree_map_with_path(pin, params, is_leaf=_is_variable)
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -149,6 +149,21 @@ def test_param_axes():
         sharding.param_axes(params_of(Toy(axes=("embed",))))
 
 
+def test_constrain_params_splits_parameters_and_gradients():
+    params = params_of(Toy())
+
+    def loss(params):
+        return jnp.square(sharding.constrain_params(params)["kernel"][...]).sum()
+
+    with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
+        grads = jax.jit(jax.grad(loss))(params)
+        assert grads["kernel"].get_value().addressable_shards[0].data.shape == (2, 2)
+        with pytest.raises(ValueError, match=r"parameter \['kernel'\] \(6, 4\)"):
+            sharding.constrain_params(params_of(Toy(inputs=6)))
+    assert (grads["kernel"][...] == 2).all()
+    assert sharding.constrain_params(params)["kernel"].get_value() is params["kernel"].get_value()
+
+
 def test_shardings_place_parameters_and_optimiser_state():
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     params = params_of(Toy())

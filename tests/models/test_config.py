@@ -1,0 +1,123 @@
+"""Configurations: what is refused, what comes back from plain data, and the registries."""
+
+import dataclasses
+import json
+
+import pytest
+
+from memjax.models import LanguageModelConfig, MemoryConfig, feed_forwards, mixers
+from memjax.models.registry import Registry
+from tests.models.toys import config_of
+
+
+def test_round_trip_through_json():
+    config = config_of(
+        pattern=("toy_average", "transformer"),
+        feed_forward=("swiglu", "none"),
+        memory=MemoryConfig(depth=3),
+    )
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert LanguageModelConfig.from_dict(plain) == config
+    assert plain["memory"]["depth"] == 3
+    assert hash(LanguageModelConfig.from_dict(plain)) == hash(config)
+
+
+def test_memory_round_trip():
+    memory = MemoryConfig(heads=2, chunk=8)
+    assert MemoryConfig.from_dict(memory.to_dict()) == memory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contxt": 8}, "unknown key contxt; did you mean 'context'"),
+        ({"zzz": 8}, "unknown key zzz; valid: vocab, dim"),
+        ({"memory": {"depht": 1}}, "unknown key memory.depht; did you mean 'depth'"),
+        ({"vocab": None}, "missing key vocab of LanguageModelConfig"),
+    ],
+)
+def test_from_dict_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelConfig.from_dict(config_of().to_dict() | changes)
+
+
+def test_from_dict_names_what_is_missing():
+    with pytest.raises(ValueError, match="missing key heads"):
+        LanguageModelConfig.from_dict({"vocab": 8, "dim": 8, "layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3, "pattern": ("swa", "transformer")}, "layers 3 must be a multiple of the 2"),
+        ({"pattern": ("transformr",)}, "unknown mixer 'transformr'; did you mean 'transformer'"),
+        ({"pattern": ()}, "pattern must be a tuple of at least one"),
+        ({"feed_forward": "swigl"}, "unknown feed_forward 'swigl'; did you mean 'swiglu'"),
+        ({"feed_forward": ("swiglu", "none")}, "one for each of the 1 names in pattern"),
+        ({"dim": 15}, "dim 15 must be a multiple of heads 2"),
+        ({"kv_heads": 3}, "heads 2 must be a multiple of kv_heads 3"),
+        ({"remat": "ful"}, "unknown remat 'ful'; did you mean 'full'"),
+        ({"dtype": "float16"}, "unknown dtype 'float16'; did you mean 'bfloat16' or 'float32'"),
+        ({"vocab": 0}, "vocab must be an integer of at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be an integer of at least 1 or None, got 0"),
+        ({"rope_base": 0}, "rope_base must be a number above 1, got 0"),
+    ],
+)
+def test_bad_fields(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pattern", "swa", "pattern must be a tuple of at least one"),
+        ("window", 2.5, "window must be an integer of at least 1, got 2.5"),
+        ("layers", True, "layers must be an integer of at least 1, got True"),
+        ("tied", 1, "tied must be True or False, got 1"),
+        ("rope_base", "big", "rope_base must be a number above 1, got 'big'"),
+        ("memory", {}, "memory must be a MemoryConfig"),
+    ],
+)
+def test_bad_types(field, value, message):
+    config = config_of()
+    object.__setattr__(config, field, value)  # past the type checks of the tests
+    with pytest.raises(ValueError, match=message):
+        config.__post_init__()
+
+
+def test_bad_memory():
+    with pytest.raises(ValueError, match=r"memory.chunk must be an integer of at least 1, got 0"):
+        MemoryConfig(chunk=0)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config_of().dim = 3
+
+
+def test_hidden_units():
+    assert config_of(hidden=None, dim=768).hidden_dim == 2048
+    assert config_of(hidden=None, dim=1024).hidden_dim == 2816  # 2730.7, rounded up
+    assert config_of(hidden=40).hidden_dim == 40
+
+
+def test_registry():
+    registry = Registry("thing", reserved=("none",))
+
+    @registry.register("double")
+    def double(x):
+        return 2 * x
+
+    assert registry.build("double", 4) == 8
+    assert double(4) == 8
+    assert registry.names() == ("double", "none")
+    with pytest.raises(ValueError, match="the thing 'double' is registered already"):
+        registry.register("double")
+    with pytest.raises(ValueError, match="unknown thing 'duoble'; did you mean 'double'"):
+        registry.build("duoble", 4)
+
+
+def test_builtin_names():
+    assert {"transformer", "swa"} <= set(mixers.registry.names())
+    assert {"swiglu", "none"} <= set(feed_forwards.registry.names())
