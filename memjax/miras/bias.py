@@ -24,7 +24,7 @@ class Bias:
 
 
 @dataclasses.dataclass(frozen=True)
-class l2(Bias):  # noqa: N801 (parts are written like functions: `bias=l2()`)
+class l2(Bias):
     """Regression, `1/2 ||y - v||^2` summed over features; signal `y - v`.
 
     With a matrix memory one step of size `lr` is the delta rule with `beta = lr`.
@@ -38,7 +38,7 @@ class l2(Bias):  # noqa: N801 (parts are written like functions: `bias=l2()`)
 
 
 @dataclasses.dataclass(frozen=True)
-class dot(Bias):  # noqa: N801
+class dot(Bias):
     """Similarity, `-<y, v>`; signal `-v`. With a matrix memory: (decayed) linear attention."""
 
     def loss(self, y: Float[Array, "*N V"], v: Float[Array, "*N V"]) -> Float[Array, "*N"]:

@@ -46,7 +46,7 @@ class Learner:
 
 
 @dataclasses.dataclass(frozen=True)
-class gd(Learner):  # noqa: N801 (parts are written like functions: `learner=gd()`)
+class gd(Learner):
     """Gradient descent: `W_t = a_t W_{t-1} - lr_t g_t`."""
 
     def start(self, weights: PyTree) -> PyTree:
@@ -64,7 +64,7 @@ class gd(Learner):  # noqa: N801 (parts are written like functions: `learner=gd(
 
 
 @dataclasses.dataclass(frozen=True)
-class momentum(Learner):  # noqa: N801
+class momentum(Learner):
     """Gradient descent with momentum: `S_t = e_t S_{t-1} - lr_t g_t`, `W_t = a_t W_{t-1} + S_t`.
 
     Source: Titans (arXiv:2501.00663), equations 9, 10 and 13.

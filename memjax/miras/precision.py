@@ -1,4 +1,4 @@
-"""One matrix product for the engine: operands in the compute dtype, accumulation in fp32 or wider."""
+"""The engine's matrix product: operands in the compute dtype, accumulation in fp32 or wider."""
 
 import functools
 

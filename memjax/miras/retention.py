@@ -13,21 +13,25 @@ from memjax.typing import Array, Float
 class Retention:
     """What a retention must give; see `decay` and `none`."""
 
+    needs_retain = False
+
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         """The factors `a_t` of these gates; None stands for 1."""
         raise TypeError("Retention is the interface: use decay() or none()")
 
 
 @dataclasses.dataclass(frozen=True)
-class decay(Retention):  # noqa: N801 (parts are written like functions: `retention=decay()`)
+class decay(Retention):
     """Weight decay from the gate `retain` (`a = 1 - alpha`), per head or per key channel."""
+
+    needs_retain = True
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         return retain
 
 
 @dataclasses.dataclass(frozen=True)
-class none(Retention):  # noqa: N801
+class none(Retention):
     """Nothing is forgotten: `a = 1`."""
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> None:

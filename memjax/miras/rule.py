@@ -109,7 +109,7 @@ class Rule:
             raise ValueError(f'Rule read {self.read!r} must be "after" or "before"')
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
-        """Learned initial memory W_0, without batch axis; `jax.vmap` over keys adds a heads axis."""
+        """Learned initial memory W_0, no batch axis; `jax.vmap` over keys adds a heads axis."""
         return self.structure.init(key, dim_k, dim_v)
 
 

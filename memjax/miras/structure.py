@@ -1,10 +1,10 @@
 """Structures: what the memory is, a small network M(x; W).
 
-A structure is written once, against a primitive `linear(i, x)` that stands for `x W_i` with its i-th
-fast weight. The engine runs the same code three ways: plainly (`apply`), capturing the input and
-the back-propagated signal of every linear map, and reading through weights that differ from token
-to token without forming them. Whatever goes through `linear` learns at test time; what else the
-structure owns (`slow`) is held fixed there and learned only end to end.
+A structure is written once, against a primitive `linear(i, x)` that stands for `x W_i` with its
+i-th fast weight. The engine runs the same code three ways: plainly (`apply`), capturing the input
+and the back-propagated signal of every linear map, and reading through weights that differ from
+token to token without forming them. Whatever goes through `linear` learns at test time; what else
+the structure owns (`slow`) is held fixed there and learned only end to end.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Structure:
 
 
 @dataclasses.dataclass(frozen=True)
-class matrix(Structure):  # noqa: N801 (parts are written like functions: `structure=matrix()`)
+class matrix(Structure):
     """Linear memory `M(x) = x W`, W [K, V]; W_0 = 0, or normal with deviation `scale / sqrt(K)`."""
 
     scale: float = 0.0
@@ -85,7 +85,7 @@ class matrix(Structure):  # noqa: N801 (parts are written like functions: `struc
 
 
 @dataclasses.dataclass(frozen=True)
-class mlp(Structure):  # noqa: N801
+class mlp(Structure):
     """Deep memory, an MLP of `depth` linear maps without offsets.
 
         f(x) = act(... act(x W_1) W_2 ...) W_L         W_1 [K, F], W_L [F, V], F = expansion * K

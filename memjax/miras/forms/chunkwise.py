@@ -17,12 +17,12 @@ from memjax.miras.forms.inputs import check, document_starts
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.products import prefix_products, segment_products
-from memjax.miras.rule import Begin, Gates, Rule, State
+from memjax.miras.rule import Gates, Rule, State
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
 class Tile(NamedTuple):
-    """Some consecutive tokens of every row; `live` is False on padding, `starts` begin documents."""
+    """Consecutive tokens of every row; `live` is False on padding, `starts` begin documents."""
 
     q: Float[Array, "B H C K"]
     k: Float[Array, "B H C K"]
@@ -120,28 +120,30 @@ def trace(
     if not 1 <= block <= rule.chunk:
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     length = k.shape[1]
+    block = min(block, length)
     tiles = _tiles(state, q, k, v, gates, segment_ids, block)
     inert = jax.tree.map(lambda x: jnp.zeros_like(x[0]), tiles)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
-    def scan(body):
-        def run(carry, tiles):
-            return grouped_scan(body, carry, tiles, group=remat, inert=inert)
+    def aligned(carry, tiles):
+        def body(carry, tile):
+            return _aligned_tile(rule, state, block, carry, tile)
 
-        return run
+        return grouped_scan(body, carry, tiles, group=remat, inert=inert)
 
-    # Where every chunk and document begins with a tile, one run a tile is enough.
-    aligned = jnp.all(state.place % block == 0) & (rule.chunk % block == 0)
-    aligned &= ~jnp.any(tiles.starts[:, :, 1:])
-    if segment_ids is not None:
-        aligned &= jnp.all(_places(rule, state, segment_ids)[:, ::block] % block == 0)
-    carry, (y, loss) = jax.lax.cond(
-        aligned,
-        scan(lambda c, t: _aligned_tile(rule, state, block, c, t)),
-        scan(lambda c, t: _any_tile(rule, state, c, t)),
-        carry,
-        tiles,
-    )
+    def anywhere(carry, tiles):
+        def body(carry, tile):
+            return _any_tile(rule, state, carry, tile)
+
+        return grouped_scan(body, carry, tiles, group=remat, inert=inert)
+
+    if length == 1:
+        carry, (y, loss) = aligned(carry, tiles)
+    else:
+        # Where no tile holds a boundary but at its first token, one run a tile is enough.
+        places = _places(rule, state, segment_ids, length)[:, ::block]
+        whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
+        carry, (y, loss) = jax.lax.cond(whole, aligned, anywhere, carry, tiles)
     y, loss = _unfold(y, length), _unfold(loss, length)
     segment = state.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
     state = state._replace(**carry._asdict(), segment=segment)
@@ -175,10 +177,12 @@ def _unfold(x: Float[Array, "N B H C *V"], length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _places(rule, state, segment_ids) -> Int[Array, "B T"]:
+def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
     """Place in its chunk of every token, before it is written."""
+    index = jnp.arange(length)
+    if segment_ids is None:
+        return (state.place[:, None] + index) % rule.chunk
     starts = document_starts(state.segment, segment_ids)
-    index = jnp.arange(segment_ids.shape[1])
     begun = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)
     return jnp.where(begun < 0, state.place[:, None] + index, index - begun) % rule.chunk
 
@@ -235,7 +239,8 @@ def _any_tile(rule, state, carry: Carry, tile: Tile):
 
 def _restart(state: State, carry: Carry, rows: Bool[Array, " B"]) -> Carry:
     """The given rows at the beginning of a document."""
-    begin = Carry(state.begin.weights, state.begin.weights, state.begin.momentum, jnp.zeros((), int))
+    weights, velocity = state.begin
+    begin = Carry(weights, weights, velocity, jnp.zeros((), jnp.int32))
     return jax.tree.map(lambda now, new: _where(rows, new.astype(now.dtype), now), carry, begin)
 
 

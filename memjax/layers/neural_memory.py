@@ -1,0 +1,244 @@
+"""A memory that learns at test time, as a layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import miras
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.linear import Linear
+from memjax.layers.norm import RMSNorm
+from memjax.layers.statistics import MemoryStats
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+
+class NeuralMemoryState(NamedTuple):
+    """What `NeuralMemory` carries.
+
+    Attributes:
+        memory: the fast weights and where they stand, see `miras.State`.
+        convs: inputs of the convolutions of queries, keys and values; () without convolutions.
+        stats: means of surprise and gates over the tokens of the last call.
+    """
+
+    memory: miras.State
+    convs: tuple[ConvState, ...]
+    stats: MemoryStats
+
+
+class NeuralMemory(nnx.Module):
+    """Long-term memory as a sequence mixer: it learns the keys and values it sees.
+
+        q, k, v = SiLU(conv(x W_q)), SiLU(conv(x W_k)), SiLU(conv(x W_v))      per head
+        q, k    = q / ||q||, k / ||k||
+        lr, momentum, retain = lr_max sigmoid(x W_lr + b), sigmoid(x W_e + b), sigmoid(x W_a + b)
+        m       = the rule over (q, k, v), see `miras.Rule`
+        y       = (RMSNorm(m) * SiLU(x W_g)) W_o
+
+    Three lines to use it, a state to carry on:
+
+        memory = NeuralMemory(dim=256, heads=4, rngs=nnx.Rngs(0))
+        y, state = memory(x)             # x [batch, time, dim]
+        y, state = memory(more, state)   # goes on where x ended
+
+    Args:
+        dim: model dimension E.
+        heads: number of memories H, each with its own weights and gates.
+        head_dim: dimension of keys and values (default dim / heads).
+        rule: the memory (default `miras.zoo.titans()`).
+        conv: width of the depthwise causal convolutions, 0 for none.
+        persistent: P learned vectors that the memory reads before every document (Titans section
+            3.3), as a chunk of their own.
+        lr_max: the largest inner learning rate.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: sizes that do not fit.
+    Source: Titans (arXiv:2501.00663), section 4.4; initial gates are our choice: lr = lr_max / 10,
+        momentum 0.5, retain 0.99.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        rule: miras.Rule | None = None,
+        conv: int = 4,
+        persistent: int = 0,
+        lr_max: float = 0.1,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None:
+            if heads < 1 or dim % heads:
+                raise ValueError(
+                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
+                )
+            head_dim = dim // heads
+        if min(dim, heads, head_dim) < 1:
+            raise ValueError(f"dim {dim}, heads {heads}, head_dim {head_dim} must be at least 1")
+        if conv < 0 or persistent < 0:
+            raise ValueError(f"conv {conv} and persistent {persistent} must be at least 0")
+        if not lr_max > 0:
+            raise ValueError(f"lr_max {lr_max} must be above 0")
+        self.rule = miras.zoo.titans() if rule is None else rule
+        self.dim, self.heads, self.head_dim, self.lr_max = dim, heads, head_dim, lr_max
+
+        def project() -> Linear:
+            return Linear(dim, (heads, head_dim), axes=("embed", "heads", "kv"), rngs=rngs)
+
+        self.query, self.key, self.value, self.gate = project(), project(), project(), project()
+        self.out = Linear((heads, head_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
+        self.norm = RMSNorm(head_dim, rngs=rngs, axis_name="kv")
+        channels = heads * head_dim
+        self.convs = nnx.List(
+            CausalConv(channels, conv, rngs=rngs, axis_name="heads")
+            for _ in range(3 if conv else 0)
+        )
+        self.lr = GateHead(dim, heads, initial=0.1, rngs=rngs)
+        self.momentum = self.retain = None
+        if self.rule.learner.needs_momentum:
+            self.momentum = GateHead(dim, heads, initial=0.5, rngs=rngs)
+        if self.rule.retention.needs_retain:
+            self.retain = GateHead(dim, heads, initial=0.99, rngs=rngs)
+        keys = jax.random.split(rngs.params(), heads)
+        weights = jax.vmap(lambda key: self.rule.init(key, head_dim, head_dim))(keys)
+        self.fast = nnx.List(
+            nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in weights.fast
+        )
+        self.slow = nnx.Dict(
+            {name: nnx.Param(w, axes=("heads", "memory_out")) for name, w in weights.slow.items()}
+        )
+        self.persistent = (
+            nnx.Param(
+                jax.random.normal(rngs.params(), (persistent, dim)), axes=("persistent", "embed")
+            )
+            if persistent
+            else None
+        )
+
+    def start(self, batch: int) -> NeuralMemoryState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+        Returns:
+            A `NeuralMemoryState`; its memory has already read the persistent vectors.
+        """
+        weights = miras.Weights(
+            tuple(w[...] for w in self.fast), {name: w[...] for name, w in self.slow.items()}
+        )
+        memory = miras.start(self.rule, weights, batch)
+        if self.persistent is not None:
+            row = miras.start(self.rule, weights, 1)
+            prefix = self.persistent[...][None]
+            q, k, v, _ = self._project(prefix, None, None)
+            _, row = miras.chunkwise(self.rule, row, q, k, v, self._gates(prefix))
+            memory = miras.begin_from(row, batch)
+        convs = tuple(conv.start(batch) for conv in self.convs)
+        nothing = jnp.zeros((batch, self.heads))
+        stats = MemoryStats(
+            nothing,
+            nothing,
+            None if self.momentum is None else nothing,
+            None if self.retain is None else nothing,
+        )
+        return NeuralMemoryState(memory, convs, stats)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: NeuralMemoryState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], NeuralMemoryState]:
+        """Reads and learns x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: document of each token [B, T]; the memory restarts where it changes.
+            positions: not used (a memory has no positions); there for the mixers' one signature.
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+        Raises:
+            ValueError: x or the state do not fit.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        if state is None:
+            state = self.start(x.shape[0])
+        if state.memory.place.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        q, k, v, convs = self._project(x, state.convs, segment_ids)
+        gates = self._gates(x)
+        y, surprise, memory = miras.trace(
+            self.rule, state.memory, q, k, v, gates, segment_ids=segment_ids
+        )
+        y = constrain(y, ("batch", "time", "heads", "kv"))
+        y = self.norm(y) * jax.nn.silu(self.gate(x))
+        stats = MemoryStats(
+            *(
+                None if gate is None else jax.lax.stop_gradient(jnp.mean(gate, axis=1, dtype=float))
+                for gate in (surprise, gates.lr, gates.momentum, gates.retain)
+            )
+        )
+        y = constrain(self.out(y), ("batch", "time", "embed"))
+        return y, NeuralMemoryState(memory, convs, stats)
+
+    def _project(self, x, convs, segment_ids):
+        """Queries, keys and values of x, and the convolutions' states."""
+        outputs, states = [], []
+        for i, projection in enumerate((self.query, self.key, self.value)):
+            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
+            if self.convs:
+                flat = z.reshape(*x.shape[:2], -1)
+                flat, conv_state = self.convs[i](
+                    flat, convs[i] if convs else None, segment_ids=segment_ids
+                )
+                states.append(conv_state)
+                z = flat.reshape(z.shape)
+            outputs.append(jax.nn.silu(z))
+        q, k, v = outputs
+        return unit(q), unit(k), v, tuple(states)
+
+    def _gates(self, x) -> miras.Gates:
+        return miras.Gates(
+            lr=self.lr_max * self.lr(x),
+            momentum=None if self.momentum is None else self.momentum(x),
+            retain=None if self.retain is None else self.retain(x),
+        )
+
+
+class GateHead(nnx.Module):
+    """A gate per token and head: `sigmoid(x W + b)` in fp32, `initial` where x W is 0.
+
+    Args:
+        dim: model dimension.
+        heads: H.
+        initial: value of the gate at the start, between 0 and 1.
+        rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
+    """
+
+    def __init__(self, dim: int, heads: int, *, initial: float, rngs: nnx.Rngs):
+        self.linear = Linear(dim, heads, axes=("embed", "heads"), bias=True, rngs=rngs)
+        self.linear.weight[...] *= 0.1
+        self.linear.bias[...] += jnp.log(initial / (1 - initial))
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
+        """[B, T, dim] to [B, T, heads], fp32."""
+        return jax.nn.sigmoid(self.linear(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+
+
+def unit(x: Float[Array, "*B D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
+    """`x / sqrt(||x||^2 + eps^2)` over the last axis: l2 normalisation, safe at zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps**2)
+    return (wide / norm).astype(x.dtype)
