@@ -64,6 +64,7 @@ def follow(
     if segment_ids is None:
         index = seen[:, None] + steps
         return Documents(jnp.zeros_like(index), index, last, seen + time)
+    segment_ids = segment_ids.astype(jnp.int32)  # as the state carries them
     new = starts(segment_ids, last)
     number = jnp.cumsum(new, axis=1, dtype=jnp.int32)
     index = steps - jax.lax.cummax(jnp.where(new, steps, -seen[:, None]), axis=1)

@@ -181,7 +181,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         y = constrain(self.output(constrain(y, heads)), ("batch", "time", "embed"))
-        return y, AttentionState(cache, positions[:, -1] + 1)
+        return y, AttentionState(cache, positions[:, -1].astype(jnp.int32) + 1)
 
     def _queries(self, x: Array) -> Array:
         q = self.query(x)

@@ -60,12 +60,13 @@ def test_split_anywhere_and_one_by_one(ids):
     layer, x, _ = setup()
     x = jnp.asarray(x, jnp.float32)
     cut = lambda a, b: None if ids is None else jnp.asarray(ids[:, a:b])  # noqa: E731
-    whole, end = layer(x, segment_ids=cut(0, None))
+    call = jax.jit(layer.__call__)
+    whole, end = call(x, segment_ids=cut(0, None))
     lengths = [(i, 11 - i) for i in range(1, 11)] + [(1,) * 11, (2, 1, 5, 3)]
     for parts in lengths:
         state, at, outs = layer.start(2), 0, []
         for n in parts:
-            y, state = layer(x[:, at : at + n], state, segment_ids=cut(at, at + n))
+            y, state = call(x[:, at : at + n], state, segment_ids=cut(at, at + n))
             outs.append(y)
             at += n
         close(jnp.concatenate(outs, 1), whole)
