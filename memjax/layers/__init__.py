@@ -4,6 +4,7 @@ from memjax.layers.attention import Attention, AttentionState
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.feed_forward import SwiGLU
 from memjax.layers.linear import Linear
+from memjax.layers.neural_memory import NeuralMemory, NeuralMemoryState
 from memjax.layers.norm import RMSNorm
 from memjax.layers.rotary import rotary
 
@@ -13,6 +14,8 @@ __all__ = [
     "CausalConv",
     "ConvState",
     "Linear",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "RMSNorm",
     "SwiGLU",
     "rotary",

@@ -1,14 +1,22 @@
 """Configurations of language models: frozen, checked when made, and plain data on disk."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from memjax import miras
 from memjax.models import feed_forwards, mixers
+from memjax.models.combine import WAYS
 from memjax.models.registry import nearest
 
 REMAT = ("none", "full", "dots")
 DTYPES = ("bfloat16", "float32")
+RULES = {
+    "titans": miras.zoo.titans,
+    "ttt_linear": miras.zoo.ttt_linear,
+    "ttt_mlp": miras.zoo.ttt_mlp,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,20 +26,55 @@ class MemoryConfig:
     Args:
         rule: its row of `memjax.miras.zoo`: "titans", "ttt_linear" or "ttt_mlp".
         heads: number of memories side by side; None takes the heads of the model.
-        depth: layers of each memory.
-        expansion: hidden units of each memory, as a multiple of its key dimension.
+        depth, expansion, norm, residual: the memory network, see `memjax.miras.mlp`; None takes
+            what the rule has, and a rule that fixes one takes nothing else.
         chunk: tokens between two updates of the weights that gradients are taken at.
+        lr_max: the largest inner learning rate.
+        combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
     """
 
     rule: str = "titans"
     heads: int | None = None
-    depth: int = 2
-    expansion: int = 4
+    depth: int | None = None
+    expansion: int | None = None
+    norm: bool | None = None
+    residual: bool | None = None
     chunk: int = 64
+    lr_max: float | int = 0.1
+    combine: str = "gate"
 
     def __post_init__(self):
-        _at_least(self, "memory.", 1, ("depth", "expansion", "chunk"))
-        _at_least(self, "memory.", 1, ("heads",), optional=True)
+        _at_least(self, "memory.", 1, ("chunk",))
+        _at_least(self, "memory.", 1, ("heads", "depth", "expansion"), optional=True)
+        for name in ("norm", "residual"):
+            if getattr(self, name) not in (True, False, None):
+                raise ValueError(
+                    f"memory.{name} must be True, False or None, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.lr_max, int | float) or not self.lr_max > 0:
+            raise ValueError(f"memory.lr_max must be a number above 0, got {self.lr_max!r}")
+        for name, valid in (("rule", RULES), ("combine", WAYS)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"unknown memory.{name} {value!r}; {nearest(str(value), valid)}")
+        self.build()
+
+    def build(self) -> miras.Rule:
+        """The rule.
+
+        Raises:
+            ValueError: a field that this rule does not have, or a value that it does not take.
+        """
+        make = RULES[self.rule]
+        options = inspect.signature(make).parameters
+        given = {"chunk": self.chunk}
+        for name in ("depth", "expansion", "norm", "residual"):
+            if getattr(self, name) is None:
+                continue
+            if name not in options:
+                raise ValueError(f"memory.{name} is fixed by the rule {self.rule}: leave it None")
+            given[name] = getattr(self, name)
+        return make(**given)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":

@@ -17,7 +17,9 @@ For example:
 
 from flax import nnx
 
-from memjax.layers import Attention
+from memjax.layers import Attention, NeuralMemory
+from memjax.models.mac import MemoryAsContext
+from memjax.models.mag import MemoryAsGate, MemoryAsLayer
 from memjax.models.registry import Registry
 
 registry = Registry("mixer")
@@ -25,7 +27,9 @@ register = registry.register
 build = registry.build
 
 
-def _attention(config, rngs: nnx.Rngs, window: int | None, sinks: int) -> Attention:
+def _attention(
+    config, rngs: nnx.Rngs, window: int | None, sinks: int, persistent: int = 0
+) -> Attention:
     return Attention(
         config.dim,
         config.heads,
@@ -33,6 +37,7 @@ def _attention(config, rngs: nnx.Rngs, window: int | None, sinks: int) -> Attent
         window=window,
         context=config.context,
         sinks=sinks,
+        persistent=persistent,
         kv_heads=config.kv_heads,
         rope_base=config.rope_base,
         qk_norm=config.qk_norm,
@@ -50,3 +55,62 @@ def transformer(config, rngs: nnx.Rngs) -> Attention:
 def swa(config, rngs: nnx.Rngs) -> Attention:
     """Causal attention over the last `config.window` tokens and `config.sinks` first ones."""
     return _attention(config, rngs, window=config.window, sinks=config.sinks)
+
+
+def _memory(config, rngs: nnx.Rngs, persistent: int) -> NeuralMemory:
+    heads = config.memory.heads or config.heads
+    return NeuralMemory(
+        config.dim,
+        heads,
+        config.head_dim if heads == config.heads else None,
+        rule=config.memory.build(),
+        conv=config.conv,
+        persistent=persistent,
+        lr_max=config.memory.lr_max,
+        rngs=rngs,
+    )
+
+
+@register("lmm")
+def lmm(config, rngs: nnx.Rngs) -> NeuralMemory:
+    """Titans' long-term memory alone."""
+    return _memory(config, rngs, config.persistent)
+
+
+@register("mac")
+def mac(config, rngs: nnx.Rngs) -> MemoryAsContext:
+    """Titans' memory as context, in segments of `config.segment` tokens."""
+    return MemoryAsContext(
+        _memory(config, rngs, persistent=0),
+        config.dim,
+        config.heads,
+        config.head_dim,
+        segment=config.segment,
+        persistent=config.persistent,
+        rope_base=config.rope_base,
+        combine=config.memory.combine,
+        rngs=rngs,
+    )
+
+
+@register("mag")
+def mag(config, rngs: nnx.Rngs) -> MemoryAsGate:
+    """Titans' memory as gate of attention over the last `config.window` tokens."""
+    return MemoryAsGate(
+        _attention(config, rngs, config.window, config.sinks, config.persistent),
+        _memory(config, rngs, config.persistent),
+        config.dim,
+        combine=config.memory.combine,
+        rngs=rngs,
+    )
+
+
+@register("mal")
+def mal(config, rngs: nnx.Rngs) -> MemoryAsLayer:
+    """Titans' memory as layer before attention over the last `config.window` tokens."""
+    return MemoryAsLayer(
+        _attention(config, rngs, config.window, config.sinks, config.persistent),
+        _memory(config, rngs, config.persistent),
+        config.dim,
+        rngs=rngs,
+    )

@@ -1,0 +1,264 @@
+"""Memory as context: attention over a segment and over what the memory recalls for it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax.attention.documents import starts
+from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary
+from memjax.models.combine import Combine
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+HEADS = ("batch", "time", "heads", "kv")
+
+
+class MemoryAsContextState(NamedTuple):
+    """What `MemoryAsContext` carries: of constant size.
+
+    Attributes:
+        memory: the long-term memory.
+        recalled: its fast weights when the segment began, each [B, H, ...].
+        keys, values: of the segment so far, recalled tokens first, [B, 2, S, H, D].
+        documents: how many documents had started in the segment, at each of its tokens, [B, S].
+        slot: tokens of the segment so far, below S.
+        segment: id of the last token, -1 when there was none, [B].
+        position: position of the next token in its document, [B].
+    """
+
+    memory: NeuralMemoryState
+    recalled: tuple[Array, ...]
+    keys: Float[Array, "B 2 S H D"]
+    values: Float[Array, "B 2 S H D"]
+    documents: Int[Array, "B S"]
+    slot: Int[Array, ""]
+    segment: Int[Array, " B"]
+    position: Int[Array, " B"]
+
+
+class MemoryAsContext(nnx.Module):
+    """MAC: per segment of S tokens, recall, attend, write, read again.
+
+        h = M_{s-1}(x W_Q)                       the memory as the segment began, nothing written
+        y = Attention over [P | h | x]           persistent, recalled and own tokens
+        M_s = M_{s-1} written with y
+        o = Combine(y, M_s(y))
+
+    Token t sees the persistent tokens, its segment up to itself, and what was recalled for the
+    tokens up to itself: h_j depends on token j, so that a full view of h would show the future. A
+    recalled token has the rotary position of the token it was recalled for.
+
+    The segments lie on the grid of the row: a document that starts inside one is not attended
+    across and recalls from its own memory, but its first segment is the shorter for it. Documents
+    that start at multiples of S (`align` of `memjax.data`) come out as they would alone.
+
+    Args:
+        memory: long-term memory.
+        dim: model dimension.
+        heads: heads of attention.
+        head_dim: their dimension (default dim / heads).
+        segment: S.
+        persistent: P, learned tokens in front of every segment.
+        rope_base: of the rotary positions.
+        combine: see `Combine`.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: sizes that do not fit.
+    Source: Titans (arXiv:2501.00663), section 4.1, equations 21 to 25.
+    """
+
+    def __init__(
+        self,
+        memory: NeuralMemory,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        segment: int,
+        persistent: int = 0,
+        rope_base: float = 10000.0,
+        combine: str = "gate",
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None:
+            if dim % heads:
+                raise ValueError(f"dim {dim} must be a multiple of heads {heads}, or give head_dim")
+            head_dim = dim // heads
+        if segment < 1:
+            raise ValueError(f"segment {segment} must be at least 1")
+        self.memory, self.segment, self.rope_base = memory, segment, rope_base
+        self.heads, self.head_dim = heads, head_dim
+        into = ("embed", "heads", "kv")
+        self.query = Linear(dim, (heads, head_dim), axes=into, rngs=rngs)
+        self.key = Linear(dim, (heads, head_dim), axes=into, rngs=rngs)
+        self.value = Linear(dim, (heads, head_dim), axes=into, rngs=rngs)
+        self.output = Linear((heads, head_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
+        self.combine = Combine(dim, combine, rngs=rngs)
+        if persistent:
+            tokens = jax.random.normal(rngs.params(), (persistent, dim))
+            self.persistent = nnx.Param(tokens, axes=("persistent", "embed"))
+        else:
+            self.persistent = None
+
+    def start(self, batch: int) -> MemoryAsContextState:
+        """The state before the first token."""
+        memory = self.memory.start(batch)
+        cache = jnp.zeros((batch, 2, self.segment, self.heads, self.head_dim))
+        return MemoryAsContextState(
+            memory=memory,
+            recalled=memory.memory.weights,
+            keys=cache,
+            values=cache,
+            documents=jnp.zeros((batch, self.segment), jnp.int32),
+            slot=jnp.zeros((), jnp.int32),
+            segment=jnp.full(batch, -1, jnp.int32),
+            position=jnp.zeros(batch, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: MemoryAsContextState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], MemoryAsContextState]:
+        """Mixes the tokens of x, going on from `state`; arguments as for every mixer.
+
+        A call that begins inside a segment and has more than one token goes token by token: to
+        read a long text in parts, make the parts multiples of the segment.
+        """
+        fresh = state is None
+        if state is None:
+            state = self.start(x.shape[0])
+        tokens = self._tokens(x, state, segment_ids, positions)
+        if x.shape[1] == 1:
+            return self._piece(tokens, state)
+        if fresh:
+            return self._by_segments(tokens, state)
+        return jax.lax.cond(state.slot == 0, self._by_segments, self._by_tokens, tokens, state)
+
+    def _tokens(self, x, state, segment_ids, positions) -> "Tokens":
+        batch, length = x.shape[:2]
+        if segment_ids is None:
+            new = jnp.zeros((batch, length), bool)
+            ids = jnp.broadcast_to(state.segment[:, None], (batch, length))
+        else:
+            new, ids = starts(segment_ids, state.segment), segment_ids
+        if positions is None:
+            index = jnp.arange(length)
+            begun = jax.lax.cummax(jnp.where(new, index, -state.position[:, None]), axis=1)
+            positions = index - begun
+        return Tokens(x, new, ids.astype(jnp.int32), positions.astype(jnp.int32))
+
+    def _by_segments(self, tokens: "Tokens", state: MemoryAsContextState):
+        """Tokens from the beginning of a segment on: whole segments, then the rest."""
+        length = tokens.x.shape[1]
+        whole = length - length % self.segment
+        outputs = []
+        if whole:
+
+            def fold(z):
+                return jnp.moveaxis(
+                    z[:, :whole].reshape(z.shape[0], -1, self.segment, *z.shape[2:]), 1, 0
+                )
+
+            def body(state, tokens):
+                y, state = self._piece(tokens, state)
+                return state, y
+
+            state, y = jax.lax.scan(body, state, jax.tree.map(fold, tokens))
+            outputs.append(jnp.moveaxis(y, 0, 1).reshape(*y.shape[1:2], whole, y.shape[-1]))
+        if whole < length:
+            y, state = self._piece(jax.tree.map(lambda z: z[:, whole:], tokens), state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), state
+
+    def _by_tokens(self, tokens: "Tokens", state: MemoryAsContextState):
+        def body(state, token):
+            y, state = self._piece(jax.tree.map(lambda z: z[:, None], token), state)
+            return state, y[:, 0]
+
+        tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
+        state, y = jax.lax.scan(body, state, tokens)
+        return jnp.moveaxis(y, 0, 1), state
+
+    def _piece(self, tokens: "Tokens", state: MemoryAsContextState):
+        """Some tokens of one segment: a single one anywhere in it, or several from its start."""
+        x, new, ids, positions = tokens
+        length = x.shape[1]
+        opens = state.slot == 0
+        recalled = jax.tree.map(
+            lambda now, before: jnp.where(opens, now, before),
+            state.memory.memory.weights,
+            state.recalled,
+        )
+        before = jnp.where(opens, 0, state.documents[:, (state.slot - 1) % self.segment])
+        documents = before[:, None] + jnp.cumsum(new, axis=1, dtype=jnp.int32)
+
+        h = self.memory.recall(x, state.memory, recalled, documents > 0)
+        q = rotary(self.query(x), positions, self.rope_base)
+        pair = jnp.stack([h, x], axis=1)  # B 2 T E
+        k, v = self.key(pair), self.value(pair)
+        k = jax.vmap(lambda z: rotary(z, positions, self.rope_base), 1, 1)(k)
+        slots = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), state.slot)
+        rest = (jnp.zeros((), jnp.int32),) * 2
+
+        def store(cache, z):
+            return jax.lax.dynamic_update_slice(cache, z.astype(cache.dtype), slots + rest)
+
+        state = state._replace(
+            recalled=recalled,
+            keys=store(state.keys, k),
+            values=store(state.values, v),
+            documents=jax.lax.dynamic_update_slice(
+                state.documents, documents, (slots[0], state.slot)
+            ),
+        )
+        y = self._attend(q, k, v, documents, state)
+        y = constrain(self.output(y), ("batch", "time", "embed"))
+        m, memory = self.memory(y, state.memory, segment_ids=ids)
+        state = state._replace(
+            memory=memory,
+            slot=(state.slot + length) % self.segment,
+            segment=ids[:, -1],
+            position=positions[:, -1] + 1,
+        )
+        return self.combine(y, m), state
+
+    def _attend(self, q, k, v, documents, state):
+        """Attention over [P | recalled | own], up to each token's slot, inside its document."""
+        batch, length = q.shape[:2]
+        # Several tokens begin the segment: they see one another alone. One looks up the cache.
+        if length == 1:
+            k, v = state.keys.astype(q.dtype), state.values.astype(q.dtype)
+            slot = state.slot[None]
+            seen = state.documents
+        else:
+            slot, seen = jnp.arange(length), documents
+        visible = jnp.arange(k.shape[2])[None, :] <= slot[:, None]
+        mask = visible[None] & (documents[:, :, None] == seen[:, None, :])
+        mask = jnp.concatenate([mask, mask], axis=-1)
+        k, v = (z.reshape(batch, -1, *z.shape[3:]) for z in (k, v))
+        if self.persistent is not None:
+            prefix = self.persistent[...].astype(q.dtype)[None]
+            always = jnp.ones((batch, length, prefix.shape[1]), bool)
+            mask = jnp.concatenate([always, mask], axis=-1)
+            k, v = (
+                jnp.concatenate([jnp.broadcast_to(p, (batch, *p.shape[1:])), z], axis=1)
+                for p, z in ((self.key(prefix), k), (self.value(prefix), v))
+            )
+        return jax.nn.dot_product_attention(
+            constrain(q, HEADS), constrain(k, HEADS), constrain(v, HEADS), mask=mask[:, None]
+        )
+
+
+class Tokens(NamedTuple):
+    """Tokens and where documents start; positions count inside documents."""
+
+    x: Float[Array, "B T E"]
+    new: Array
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
