@@ -1,0 +1,1 @@
+"""Contracts that every rule, mixer and kernel keeps; each check is shown to fail under a fault."""

@@ -1,0 +1,139 @@
+"""The rules that the contracts run over: one table, each rule beside the oracle's reading of it.
+
+A new rule joins by a line here. Sizes are tiny; chunks are 1, below, around and above the length.
+"""
+
+from dataclasses import dataclass
+
+from memjax import miras
+from memjax.miras import zoo
+from tests.oracles import miras as oracle
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    """A rule, the oracle's rule, the sizes of a head, and which optional gates it is given."""
+
+    name: str
+    rule: miras.Rule
+    oracle: oracle.Rule
+    key: int = 4
+    value: int = 4
+    heads: int = 2
+    retain: str | None = "scalar"  # scalar, channel, or None
+    scale: bool = False
+    rate: float = 1.0  # on lr; lower where depth or chunk make a memory chaotic at lr near 1/4
+
+
+def _matrix(bias, retention, learner, **options):
+    return miras.Rule(miras.matrix(), bias, retention, learner, **options)
+
+
+_l2, _dot, _decay, _none = miras.l2(), miras.dot(), miras.decay(), miras.none()
+_gd, _momentum = miras.gd(), miras.momentum()
+
+CASES = (
+    RuleCase(
+        "delta",
+        _matrix(_l2, _none, _gd, chunk=4),
+        oracle.Rule(chunk=4, momentum=False),
+        value=5,
+        retain=None,
+    ),
+    RuleCase(
+        "gated_delta_online",
+        _matrix(_l2, _decay, _gd, chunk=1),
+        oracle.Rule(chunk=1, momentum=False),
+        key=5,
+    ),
+    RuleCase(
+        "linear_attention_channelwise",
+        _matrix(_dot, _decay, _momentum, chunk=5),
+        oracle.Rule(chunk=5, bias="dot"),
+        value=6,
+        retain="channel",
+        scale=True,
+    ),
+    RuleCase(
+        "matrix_before",
+        _matrix(_l2, _decay, _momentum, chunk=4, read="before"),
+        oracle.Rule(chunk=4, read="before"),
+        retain="channel",
+        scale=True,
+    ),
+    RuleCase(
+        "titans_linear",
+        zoo.titans(depth=1, chunk=5),
+        oracle.Rule(chunk=5, norm=True, residual=True),
+    ),
+    RuleCase(
+        "titans",
+        zoo.titans(depth=2, expansion=2, norm=False, residual=False, chunk=4),
+        oracle.Rule(chunk=4),
+        value=5,
+    ),
+    RuleCase(
+        "titans_3",
+        zoo.titans(depth=3, expansion=1, chunk=20),
+        oracle.Rule(chunk=20, norm=True, residual=True),
+        key=8,
+        value=8,
+        rate=0.2,
+    ),
+    RuleCase(
+        "titans_4",
+        zoo.titans(depth=4, expansion=1, chunk=5),
+        oracle.Rule(chunk=5, norm=True, residual=True),
+        key=8,
+        value=8,
+        rate=0.1,
+    ),
+    RuleCase(
+        "titans_full_online",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2, activation="silu", norm=True, residual=True),
+            _l2, _decay, _momentum, chunk=1, read="before",
+        ),
+        oracle.Rule(chunk=1, activation="silu", norm=True, residual=True, read="before"),
+    ),
+    RuleCase(
+        "mlp_channelwise",
+        miras.Rule(miras.mlp(depth=1, norm=True), _l2, _decay, _momentum, chunk=4),
+        oracle.Rule(chunk=4, norm=True),
+        key=5,
+        value=6,
+        retain="channel",
+    ),
+    RuleCase(
+        "mlp_dot_before",
+        miras.Rule(
+            miras.mlp(depth=3, expansion=1, activation="relu", residual=True),
+            _dot, _decay, _gd, chunk=4, read="before",
+        ),
+        oracle.Rule(
+            chunk=4, activation="relu", residual=True, bias="dot", momentum=False, read="before"
+        ),
+        heads=1,
+        scale=True,
+    ),
+    RuleCase(
+        "ttt_linear",
+        zoo.ttt_linear(chunk=4),
+        oracle.Rule(chunk=4, norm=True, residual=True, momentum=False),
+        retain=None,
+        scale=True,
+    ),
+    RuleCase(
+        "ttt_mlp",
+        zoo.ttt_mlp(chunk=5),
+        oracle.Rule(chunk=5, norm=True, residual=True, momentum=False),
+        retain=None,
+        scale=True,
+    ),
+)  # fmt: skip
+
+BY_NAME = {case.name: case for case in CASES}
+
+# Where a check concerns the engine and not the parts, these stand for all: a matrix memory with
+# every gate, a deep one with momentum, one that reads before the write, one without momentum.
+FEW = tuple(BY_NAME[name] for name in ("matrix_before", "titans", "ttt_linear"))
