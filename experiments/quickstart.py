@@ -8,6 +8,7 @@ goes on from the checkpoint, reads the trained model back, evaluates it on the f
 out and lets it continue a line of Python.
 """
 
+import pathlib
 import sys
 import time
 
@@ -19,6 +20,7 @@ from memjax.training import cli, loop
 from memjax.training.signals import EXIT_CODES
 from memjax.training.text import stream
 
+DEFAULT = pathlib.Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run (default: the config's)")
 PROMPT = flags.DEFINE_string("prompt", "def main(", "what the sample continues")
@@ -27,14 +29,14 @@ LENGTH = flags.DEFINE_integer("length", 300, "tokens of the sample", lower_bound
 
 def main() -> int:
     began = time.perf_counter()
-    config = CONFIG.value or cli.load_config("configs/quickstart.py")
+    config = CONFIG.value or cli.load_config(str(DEFAULT))
     workdir = WORKDIR.value or config.workdir
     cli.use_compilation_cache(workdir)
 
     print(f"== training in {workdir}, with a stop at step {config.train.steps // 2}", flush=True)
     first = training.train(config, workdir, until=config.train.steps // 2)
     print("== resuming from the checkpoint", flush=True)
-    second = first if first.stopped != "until" else training.train(config, workdir)
+    second = training.train(config, workdir) if first.stopped == "until" else first
     if second.stopped != "finished":
         print(f"stopped by {second.stopped}; run the same command again to go on")
         return EXIT_CODES[second.stopped]
@@ -51,11 +53,12 @@ def main() -> int:
         sys.stdout.write(piece)
         sys.stdout.flush()
     now = time.perf_counter()
+    seconds = sum(part.seconds for part in {id(p): p for p in (first, second)}.values())
     lines = {
         "parameters": f"{run.parameters:,}",
         "steps": f"{step} ({second.resumed} before the stop)",
         "held-out files": f"{result.bits_per_byte:.3f} bits per byte",
-        "training": f"{first.seconds + second.seconds:.0f} s",
+        "training": f"{seconds:.0f} s",
         "speed": f"{second.tokens_per_second:,.0f} tokens/s",
         "sampling": f"{now - sampling:.0f} s",
         "in all": f"{now - began:.0f} s",

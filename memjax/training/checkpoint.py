@@ -14,6 +14,9 @@ What can be wrong with one, and what happens:
 """
 
 import functools
+import gc
+import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -30,6 +32,8 @@ from memjax.training import config as config_lib
 from memjax.training.metrics import NonFiniteError
 from memjax.training.state import TrainState
 from memjax.typing import Array, PyTree
+
+log = logging.getLogger(__name__)
 
 
 class MismatchError(ValueError):
@@ -197,7 +201,7 @@ class Checkpoints:
                 if on_damage != "previous" or step is not None:
                     raise DamagedError(f"{error}. {self._remedy(steps)}") from error
                 moved = self._set_aside(candidate)
-                logging.error(
+                log.error(
                     "CHECKPOINT DAMAGED: %s. It was moved to %s; continuing from %s.",
                     error,
                     moved,
@@ -268,7 +272,22 @@ def _reading(where: str, read) -> Any:
         raise  # says nothing about the files
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise DamagedError(f"{where} is damaged ({summary})") from error
+    _forget_pending_reads()
+    raise DamagedError(f"{where} is damaged ({summary})")
+
+
+def _forget_pending_reads() -> None:
+    """Frees the reads that Orbax leaves unfinished when one of them fails.
+
+    Freed at some later time, each would print a traceback, long after the one line that matters.
+    """
+    asyncio_log = logging.getLogger("asyncio")
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    disabled, asyncio_log.disabled = asyncio_log.disabled, True
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook, asyncio_log.disabled = hook, disabled
 
 
 def _read_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

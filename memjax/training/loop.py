@@ -241,8 +241,6 @@ def describe(run: run_lib.Run, summary: Summary) -> dict[str, Any]:
         "parameters": run.parameters,
         "steps": summary.step,
         **{f"validation_{name}": value for name, value in numbers.items()},
-        "tokens_per_second": summary.tokens_per_second,
-        "seconds_of_the_last_part": summary.seconds,
         "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
         "mesh": " ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
         "context": run.context,

@@ -87,7 +87,8 @@ def write(workdir: str, summary: dict[str, Any]) -> str:
 
     Args:
       workdir: directory of the run.
-      summary: named numbers and texts of the run, as the loop gives them.
+      summary: named numbers and texts of the run, as the loop gives them; the median of the
+        logged tokens per second is added.
 
     Returns:
       The directory.
@@ -119,6 +120,9 @@ def write(workdir: str, summary: dict[str, Any]) -> str:
     curve = {
         kind: [[x["step"], x["bits_per_byte"]] for x in lines] for kind, lines in history.items()
     }
+    _, speeds = _numbers(history["train"], "tokens_per_second")
+    if len(speeds):
+        summary = {**summary, "tokens_per_second": float(np.median(speeds))}
     content = {**summary, "bits_per_byte_curve": curve, "loss_by_position": stretches}
     with open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)

@@ -47,6 +47,18 @@ def _initial(make_model, optimizer: optax.GradientTransformation, key: Key) -> T
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), step_key)
 
 
+def _shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
+    def place(leaf):
+        # optax.masked leaves variables without an array, for which there is nothing to place.
+        return sharding.shardings(leaf, mesh) if jax.tree.leaves(leaf) else leaf
+
+    return jax.tree.map(
+        place,
+        shapes._replace(params=None),
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )._replace(params=sharding.shardings(shapes.params, mesh))
+
+
 def abstract(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -69,7 +81,7 @@ def abstract(
     return jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         shapes,
-        sharding.shardings(shapes, mesh),
+        _shardings(shapes, mesh),
     )
 
 

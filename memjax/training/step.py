@@ -34,7 +34,7 @@ def gradients(
     params: PyTree,
     batch: Batch,
     key: Key,
-    byte_lengths: Array,
+    byte_lengths: Array | np.ndarray,
     *,
     accumulate: int = 1,
     forward: Forward = forward,
@@ -57,6 +57,7 @@ def gradients(
     Returns:
       (gradients like params, totals of `losses.totals`, statistics averaged over microbatches).
     """
+    byte_lengths = jnp.asarray(byte_lengths)
     weight = jnp.sum(batch["weights"].astype(jnp.float32))
     weight = jnp.where(weight > 0, weight, 1.0)
 
@@ -118,7 +119,7 @@ def make(
             state.params,
             batch,
             step_key,
-            jnp.asarray(byte_lengths),
+            byte_lengths,
             accumulate=accumulate,
             forward=forward,
         )

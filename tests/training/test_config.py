@@ -1,0 +1,83 @@
+"""Configurations: defaults, unknown keys, bad values."""
+
+import pytest
+
+from memjax.training import config as config_lib
+from memjax.training import run as run_lib
+from tests.training import helpers
+
+
+def test_complete_writes_every_default():
+    config = config_lib.complete({"model": {"dim": 8}, "train": {"lr": 0.5}})
+    assert config.train.lr == 0.5
+    assert config.train.warmup == 100
+    assert config.mesh.data == -1
+    assert config.data.tokenizer == "byte"
+    assert config.model.memory.chunk == 64
+    assert config.seed == 0
+
+
+def test_fields_that_are_none_can_be_set():
+    config = config_lib.complete({}).lock()
+    config.train.context = 32
+    config.evaluate.batches = 4
+    assert config_lib.plain(config)["train"]["context"] == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, r"unknown section trian: did you mean 'train'"),
+        ({"train": {"lrr": 1}}, r"unknown key train\.lrr: did you mean 'lr'"),
+        ({"model": {"dimm": 1}}, r"unknown key model\.dimm: did you mean 'dim'"),
+        ({"mesh": {"tensors": 1}}, r"unknown key mesh\.tensors: did you mean 'tensor'"),
+        ({"data": {"tokeniser": 1}}, r"unknown key data\.tokeniser: did you mean 'tokenizer'"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.complete(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("train", {"steps": 0}, "train.steps must be at least 1"),
+        ("train", {"batch": 5, "accumulate": 2}, "multiple of train.accumulate 2"),
+        ("train", {"warmup": 9}, "train.warmup 9 must lie between 0 and train.steps 6"),
+        ("train", {"on_damage": "ignore"}, "train.on_damage must be"),
+        ("evaluate", {"batches": 0}, "evaluate.batches must be at least 1"),
+        ("model", {"memory": {"chunks": 3}}, "unknown key memory.chunks"),
+        ("model", {"vocab": 100}, "model.vocab 100 is smaller than the 384 tokens"),
+        ("mesh", {"data": 16}, "16 devices but there are 8"),
+    ],
+)
+def test_bad_values_are_named(corpus, section, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run_lib.build(helpers.config(corpus, **{section: fields}))
+
+
+def test_a_mesh_that_does_not_divide_is_named(corpus):
+    with pytest.raises(ValueError, match=r"train.batch / train.accumulate = 4 rows .* = 8"):
+        run_lib.build(helpers.config(corpus, mesh={"data": 8})).training_data()
+    with pytest.raises(ValueError, match=r"train.context = 16 tokens .* mesh.sequence = 3"):
+        run_lib.build(helpers.config(corpus, mesh={"data": 1, "sequence": 3})).training_data()
+    with pytest.raises(ValueError, match=r"'heads', size 2.* tensor of size 4"):
+        _ = run_lib.build(helpers.config(corpus, mesh={"data": 1, "tensor": 4})).abstract_state
+
+
+def test_difference_names_the_first_field():
+    a = {"model": {"dim": 1, "pattern": ["mac"]}}
+    assert config_lib.difference(a, {"model": {"dim": 1, "pattern": ("mac",)}}) is None
+    assert config_lib.difference(a, {"model": {"dim": 2, "pattern": ("mac",)}}) == (
+        "model.dim",
+        1,
+        2,
+    )
+    assert config_lib.difference(a, {"model": {"dim": 1}}) == ("model.pattern", ["mac"], None)
+
+
+def test_a_larger_vocabulary_has_bytes_for_the_known_tokens_only(corpus):
+    run = run_lib.build(helpers.config(corpus, model={"vocab": 512}))
+    assert run.byte_lengths.shape == (512,)
+    assert run.byte_lengths.sum() == 256
