@@ -255,3 +255,24 @@ def test_init_without_memory():
     shapes = nnx.eval_shape(lambda: LanguageModel(config_of(), rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(shapes))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_model_is_its_equations():
+    """Embedding, pre-norm residual blocks one by one, norm, head: written out."""
+    model = model_of(pattern=("transformer", "toy_average"), layers=4, feed_forward="swiglu")
+    tokens = tokens_of()
+    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape)
+    split = [nnx.split(block) for block in model.blocks]
+
+    @jax.jit
+    def expected(table, values):
+        x = table[tokens]
+        for layer in range(4):
+            graphdef = split[layer % 2][0]
+            own = jax.tree.map(lambda leaf, n=layer // 2: leaf[n], values[layer % 2])
+            block = nnx.merge(graphdef, own)
+            x = x + block.mixer(block.mixer_norm(x), positions=positions)[0]
+            x = x + block.feed_forward(block.feed_forward_norm(x))
+        return model.norm(x) @ table.T
+
+    same(call(model)(tokens)[0], expected(model.embedding[...], [values for _, values in split]))
