@@ -122,7 +122,7 @@ def test_a_state_that_is_not_finite_is_never_saved(corpus, tmp_path):
     """The loss of step 3 is fine but the parameters after it are not, and a checkpoint is due."""
     config = helpers.config(corpus, train={"log_every": 1})
     loop.train(config, str(tmp_path), until=2)
-    config["train"] |= {"lr": 1e39, "checkpoint_every": 1}
+    config["train"] |= {"lr": float("inf"), "checkpoint_every": 1}
     with pytest.raises(NonFiniteError, match=r"params/.* not finite at step 3.*of step 2 is kept"):
         loop.train(config, str(tmp_path))
     state, _ = last_checkpoint(config, tmp_path)

@@ -1,0 +1,195 @@
+"""The command lines: configs, overrides, errors in one line, and the scripts end to end."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from memjax import models
+from memjax.training import cli
+from memjax.training import run as run_lib
+from memjax.training.config import plain
+from tests.training import helpers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+BLOCKS = ("mac", "mag", "mal", "lmm", "transformer")
+
+
+def flag(name):
+    return f"--config={CONFIGS / name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.lrr=1"], r"unknown field --config.train.lrr: did you mean 'train.lr'"),
+        (["--config.train.stepps", "3"], r"did you mean 'train.steps'"),
+        (["--noconfig.train.resum"], r"did you mean 'train.resume'"),
+        (["--config.mash.data=8"], r"did you mean 'mesh.data'"),
+        (["--config.model.memory.chunks=8"], r"did you mean 'model.memory.chunk'"),
+    ],
+)
+def test_unknown_overrides_name_the_nearest(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cli.check(["train.py", flag("quickstart.py"), *arguments])
+
+
+def test_known_overrides_pass():
+    cli.check(
+        [
+            "train.py",
+            "--config",
+            str(CONFIGS / "quickstart.py") + ":smoke",
+            "--config.train.lr=1e-3",
+            "--noconfig.train.resume",
+            "--config.model.head_dim=8",
+            "--config.mesh.data=8",
+            "--config.seed=1",
+        ]
+    )
+    cli.check(["generate.py", "--workdir=runs/x"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            str(CONFIGS / "quikstart.py"),
+            r"quikstart.py' does not exist: did you mean .*quickstart.py",
+        ),
+        ("nowhere/at_all.py", r"does not exist: give the path"),
+        (str(CONFIGS / "quickstart.py") + ":smok", r"no variant 'smok'; there is :smoke"),
+        (str(CONFIGS / "compare.py") + ":mic", r"no variant 'mic'; there are mac"),
+        (str(CONFIGS / "titans.py") + ":mac_35m", r"mac_3?40m|mac_"),
+        (str(ROOT / "tests" / "conftest.py"), r"no function get_config"),
+    ],
+)
+def test_bad_config_files_are_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        cli.load_config(argument)
+
+
+def test_overrides_need_a_file():
+    with pytest.raises(ValueError, match=r"--config\.train\.lr needs --config=FILE"):
+        cli.check(["train.py", "--config.train.lr=1"])
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart.py:smoke", "titans.py:smoke", "compare.py:smoke", "quickstart.py"]
+)
+def test_configs_describe_runs(name):
+    run = run_lib.build(cli.load_config(str(CONFIGS / name)))
+    assert run.parameters > 0
+    assert run.model.vocab == 384
+    assert run.abstract_state.params is not None
+
+
+def test_compared_models_have_equal_parameters():
+    counts = {
+        block: run_lib.build(cli.load_config(f"{CONFIGS / 'compare.py'}:{block}")).parameters
+        for block in BLOCKS
+    }
+    for block, count in counts.items():
+        assert count == pytest.approx(counts["mac"], rel=0.002), block
+
+
+@pytest.mark.parametrize("size", ["170m", "340m", "760m", "1.3b"])
+def test_the_papers_training_length(size):
+    config = plain(cli.load_config(f"{CONFIGS / 'titans.py'}:mac_{size}"))
+    tokens = config["train"]["steps"] * config["train"]["batch"] * config["model"]["context"]
+    wanted = {"170m": 15e9, "340m": 15e9, "760m": 30e9, "1.3b": 30e9}[size]
+    assert tokens == pytest.approx(wanted, rel=1e-3)
+    model = {**config["model"], "vocab": 32000}
+    assert models.LanguageModelConfig.from_dict(model) == models.preset(f"mac_{size}", remat="full")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A tiny config file, a work directory, and a function that runs a script on them."""
+    folder = tmp_path_factory.mktemp("scripts")
+    values = helpers.config(helpers.write_corpus(folder / "corpus"))
+    (folder / "tiny.py").write_text(
+        "from memjax.training import complete\n"
+        f"def get_config():\n    return complete({values!r})\n"
+    )
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-scripts"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+    def script(name, *arguments):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / name), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return script, folder
+
+
+def test_the_whole_way(setting):
+    """quickstart.py trains, stops, resumes, samples; the other scripts read its model."""
+    script, folder = setting
+    config, workdir = f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'run'}"
+    done = script("quickstart.py", config, workdir, "--length=12", "--config.train.lr=1e-3")
+    assert done.returncode == 0, done.stderr
+    assert "6 (3 before the stop)" in done.stdout
+    assert (folder / "run" / "report" / "loss.png").stat().st_size > 5000
+    bits = done.stdout.split(" bits per byte")[0].split()[-1]
+    assert 6 < float(bits) < 9
+
+    found = script("evaluate.py", workdir)
+    assert found.returncode == 0, found.stderr
+    line = next(x for x in found.stdout.splitlines() if x.startswith("bits_per_byte"))
+    assert float(line.split()[-1]) == pytest.approx(float(bits), abs=1e-3)
+    assert (folder / "run" / "evaluation-6.json").exists()
+
+    text = [script("generate.py", workdir, "--prompt=é", "--length=8", "--seed=1") for _ in "ab"]
+    assert text[0].returncode == 0, text[0].stderr
+    assert text[0].stdout.startswith("é")
+    assert text[0].stdout == text[1].stdout
+    other = script("evaluate.py", config, workdir, "--config.model.dim=32")
+    assert other.returncode == 1
+    assert "error: checkpoint" in other.stderr
+    assert "model.dim = 16, but this run has 32" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train.py", "--config.train.lrr=1"], 2, "did you mean 'train.lr'"),
+        (["train.py", "--config.mesh.data=3"], 1, "data=3"),
+        (["generate.py", "--workdir=nowhere"], 1, "does not exist: train first"),
+        (["evaluate.py"], 1, "give --workdir"),
+    ],
+)
+def test_errors_are_one_line(setting, arguments, status, message):
+    script, folder = setting
+    name, *rest = arguments
+    if any(x.startswith("--config.") for x in rest):
+        rest = [f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'unused'}", *rest]
+    done = script(name, *rest)
+    assert done.returncode == status
+    assert done.stdout == ""
+    lines = [x for x in done.stderr.splitlines() if x]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py", "generate.py", "quickstart.py"])
+def test_help_helps(setting, name):
+    script, _ = setting
+    text = script(name, "--help").stdout
+    assert f"python experiments/{name}" in text
+    assert "--config: config file" in text
+    assert "--workdir" in text
