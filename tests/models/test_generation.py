@@ -47,6 +47,14 @@ def test_key_decides():
     assert (draw(0) != draw(1)).any()
 
 
+def test_every_token_of_every_row_is_drawn_anew():
+    model = model_of()
+    model.embedding[...] = jnp.zeros_like(model.embedding[...])  # all tokens equally likely
+    tokens = np.asarray(sample(model, tokens_of(time=5), length=12, key=jax.random.key(0)))
+    assert min(len(set(row)) for row in tokens) > 6
+    assert (tokens[0] != tokens[1]).any()
+
+
 def test_streams_one_by_one():
     model, prompt = model_of(), tokens_of(time=5)
     stream = generate(model, prompt, length=10**9, temperature=0)
