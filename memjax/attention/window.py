@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from memjax.attention import backends, documents
+from memjax import documents
+from memjax.attention import backends
 from memjax.typing import Array, Bool, Float, Int
 
 

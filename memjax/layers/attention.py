@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memjax.attention import backends, documents
+from memjax import documents
+from memjax.attention import backends
 from memjax.attention import window as windows
 from memjax.layers.linear import Linear, fan_in_normal
 from memjax.layers.norm import RMSNorm

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memjax.attention import documents
+from memjax import documents
 from memjax.layers.linear import fan_in_normal
 from memjax.typing import Array, Float, Int
 

@@ -12,7 +12,7 @@ from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import MemoryStats
 from memjax.sharding import constrain
-from memjax.typing import Array, Bool, Float, Int
+from memjax.typing import Array, Float, Int
 
 
 class NeuralMemoryState(NamedTuple):
@@ -99,7 +99,10 @@ class NeuralMemory(nnx.Module):
             for _ in range(3 if conv else 0)
         )
         self.lr = GateHead(dim, heads, initial=0.1, rngs=rngs)
-        has_momentum, has_retain = self.rule.learner.needs_momentum, self.rule.retention.needs_retain
+        has_momentum, has_retain = (
+            self.rule.learner.needs_momentum,
+            self.rule.retention.needs_retain,
+        )
         self.momentum = GateHead(dim, heads, initial=0.5, rngs=rngs) if has_momentum else None
         self.retain = GateHead(dim, heads, initial=0.99, rngs=rngs) if has_retain else None
         keys = jax.random.split(rngs.params(), heads)
@@ -192,13 +195,9 @@ class NeuralMemory(nnx.Module):
         return y, NeuralMemoryState(memory, convs, stats)
 
     def recall(
-        self,
-        x: Float[Array, "B T E"],
-        state: NeuralMemoryState,
-        fast: tuple[Array, ...],
-        anew: Bool[Array, "B T"],
+        self, x: Float[Array, "B T E"], state: NeuralMemoryState, fast: tuple[Array, ...]
     ) -> Float[Array, "B T E"]:
-        """What memories of the past answer to x; nothing is written.
+        """What the memory answers to x with weights of its past; nothing is written.
 
             h = RMSNorm(M(q; W)) W_o,   q = unit(SiLU(x W_q)), without convolution and gate
 
@@ -206,23 +205,11 @@ class NeuralMemory(nnx.Module):
             x: [B, T, dim].
             state: of the memory; not changed.
             fast: the fast weights W to read from, each [B, H, ...].
-            anew: tokens of a document that starts later than `fast`: they read what every document
-                starts from.
         Returns:
             [B, T, dim] in the dtype of x.
         """
         q = unit(jax.nn.silu(constrain(self.query(x), ("batch", "time", "heads", "kv"))))
-
-        def ask(weights):
-            return miras.read(self.rule, state.memory._replace(weights=weights), q)
-
-        def mixed():
-            begin = jax.tree.map(
-                lambda w_0, w: jnp.broadcast_to(w_0, w.shape), state.memory.begin.weights, fast
-            )
-            return jnp.where(anew[:, :, None, None], ask(begin), ask(fast))
-
-        h = jax.lax.cond(jnp.any(anew), mixed, lambda: ask(fast))
+        h = miras.read(self.rule, state.memory._replace(weights=fast), q)
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
 
     def _project(self, x, convs, segment_ids):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax.attention import documents
+from memjax import documents
 from memjax.layers import RMSNorm
 from memjax.layers.linear import fan_in_normal
 from memjax.models.blocks import RESIDUAL, Block

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax.attention.documents import starts
+from memjax import documents
 from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary
+from memjax.miras.forms.remat import grouped_scan
 from memjax.models.combine import Combine
 from memjax.sharding import constrain
-from memjax.typing import Array, Float, Int
+from memjax.typing import Array, Bool, Float, Int
 
 HEADS = ("batch", "time", "heads", "kv")
 
@@ -22,8 +23,7 @@ class MemoryAsContextState(NamedTuple):
         memory: the long-term memory.
         recalled: its fast weights when the segment began, each [B, H, ...].
         keys, values: of the segment so far, recalled tokens first, [B, 2, S, H, D].
-        documents: how many documents had started in the segment, at each of its tokens, [B, S].
-        slot: tokens of the segment so far, below S.
+        slot: tokens of the segment so far, below S, [B].
         segment: id of the last token, -1 when there was none, [B].
         position: position of the next token in its document, [B].
     """
@@ -32,8 +32,7 @@ class MemoryAsContextState(NamedTuple):
     recalled: tuple[Array, ...]
     keys: Float[Array, "B 2 S H D"]
     values: Float[Array, "B 2 S H D"]
-    documents: Int[Array, "B S"]
-    slot: Int[Array, ""]
+    slot: Int[Array, " B"]
     segment: Int[Array, " B"]
     position: Int[Array, " B"]
 
@@ -50,9 +49,9 @@ class MemoryAsContext(nnx.Module):
     tokens up to itself: h_j depends on token j, so that a full view of h would show the future. A
     recalled token has the rotary position of the token it was recalled for.
 
-    The segments lie on the grid of the row: a document that starts inside one is not attended
-    across and recalls from its own memory, but its first segment is the shorter for it. Documents
-    that start at multiples of S (`align` of `memjax.data`) come out as they would alone.
+    Segments are counted from the beginning of each document. Where documents and calls begin at
+    multiples of S (`align` of `memjax.data`; prompts read in such parts), whole segments are
+    computed at once; elsewhere the same result comes token by token, which is much slower.
 
     Args:
         memory: long-term memory.
@@ -111,8 +110,7 @@ class MemoryAsContext(nnx.Module):
             recalled=memory.memory.weights,
             keys=cache,
             values=cache,
-            documents=jnp.zeros((batch, self.segment), jnp.int32),
-            slot=jnp.zeros((), jnp.int32),
+            slot=jnp.zeros(batch, jnp.int32),
             segment=jnp.full(batch, -1, jnp.int32),
             position=jnp.zeros(batch, jnp.int32),
         )
@@ -125,33 +123,29 @@ class MemoryAsContext(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], MemoryAsContextState]:
-        """Mixes the tokens of x, going on from `state`; arguments as for every mixer.
-
-        A call that begins inside a segment and has more than one token goes token by token: to
-        read a long text in parts, make the parts multiples of the segment.
-        """
-        fresh = state is None
+        """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
+        alone = state is None and segment_ids is None
         if state is None:
             state = self.start(x.shape[0])
         tokens = self._tokens(x, state, segment_ids, positions)
         if x.shape[1] == 1:
             return self._piece(tokens, state)
-        if fresh:
+        if alone:
             return self._by_segments(tokens, state)
-        return jax.lax.cond(state.slot == 0, self._by_segments, self._by_tokens, tokens, state)
+        inside = jnp.arange(x.shape[1]) % self.segment != 0
+        aligned = jnp.all(state.slot == 0) & ~jnp.any(tokens.new & inside)
+        return jax.lax.cond(aligned, self._by_segments, self._by_tokens, tokens, state)
 
     def _tokens(self, x, state, segment_ids, positions) -> "Tokens":
-        batch, length = x.shape[:2]
-        if segment_ids is None:
-            new = jnp.zeros((batch, length), bool)
-            ids = jnp.broadcast_to(state.segment[:, None], (batch, length))
-        else:
-            new, ids = starts(segment_ids, state.segment), segment_ids
         if positions is None:
-            index = jnp.arange(length)
-            begun = jax.lax.cummax(jnp.where(new, index, -state.position[:, None]), axis=1)
-            positions = index - begun
-        return Tokens(x, new, ids.astype(jnp.int32), positions.astype(jnp.int32))
+            place = documents.follow(segment_ids, state.segment, state.position, x.shape[1])
+            positions = place.index
+        if segment_ids is None:
+            new = jnp.zeros(x.shape[:2], bool)
+            segment_ids = jnp.broadcast_to(state.segment[:, None], x.shape[:2])
+        else:
+            new = documents.starts(segment_ids, state.segment)
+        return Tokens(x, new, segment_ids.astype(jnp.int32), positions.astype(jnp.int32))
 
     def _by_segments(self, tokens: "Tokens", state: MemoryAsContextState):
         """Tokens from the beginning of a segment on: whole segments, then the rest."""
@@ -182,66 +176,61 @@ class MemoryAsContext(nnx.Module):
             return state, y[:, 0]
 
         tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
-        state, y = jax.lax.scan(body, state, tokens)
+        state, y = grouped_scan(body, state, tokens)
         return jnp.moveaxis(y, 0, 1), state
 
     def _piece(self, tokens: "Tokens", state: MemoryAsContextState):
-        """Some tokens of one segment: a single one anywhere in it, or several from its start."""
+        """Tokens of one segment: a single one anywhere in it, or several from its start."""
         x, new, ids, positions = tokens
-        length = x.shape[1]
-        opens = state.slot == 0
+        batch, length = x.shape[:2]
+        slot = jnp.where(new[:, 0], 0, state.slot)
+        memory = state.memory.memory
         recalled = jax.tree.map(
-            lambda now, before: jnp.where(opens, now, before),
-            state.memory.memory.weights,
+            lambda w_0, w, before: choose(new[:, 0], w_0, choose(slot == 0, w, before)),
+            memory.begin.weights,
+            memory.weights,
             state.recalled,
         )
-        before = jnp.where(opens, 0, state.documents[:, (state.slot - 1) % self.segment])
-        documents = before[:, None] + jnp.cumsum(new, axis=1, dtype=jnp.int32)
-
-        h = self.memory.recall(x, state.memory, recalled, documents > 0)
+        h = self.memory.recall(x, state.memory, recalled)
         q = rotary(self.query(x), positions, self.rope_base)
-        pair = jnp.stack([h, x], axis=1)  # B 2 T E
-        k, v = self.key(pair), self.value(pair)
-        k = jax.vmap(lambda z: rotary(z, positions, self.rope_base), 1, 1)(k)
-        slots = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), state.slot)
-        rest = (jnp.zeros((), jnp.int32),) * 2
+        pair = jnp.concatenate([h, x])  # 2B T E
+        k = rotary(self.key(pair), jnp.concatenate([positions] * 2), self.rope_base)
+        k, v = (jnp.stack(jnp.split(z, 2), axis=1) for z in (k, self.value(pair)))
 
-        def store(cache, z):
-            return jax.lax.dynamic_update_slice(cache, z.astype(cache.dtype), slots + rest)
-
-        state = state._replace(
-            recalled=recalled,
-            keys=store(state.keys, k),
-            values=store(state.values, v),
-            documents=jax.lax.dynamic_update_slice(
-                state.documents, documents, (slots[0], state.slot)
-            ),
-        )
-        y = self._attend(q, k, v, documents, state)
+        # Several tokens begin the segment and see one another; one looks at the cache as well.
+        if length == 1:
+            here = jnp.arange(self.segment) == slot[:, None]
+            keys, values = (
+                jnp.where(here[:, None, :, None, None], z.astype(cache.dtype), cache)
+                for z, cache in ((k, state.keys), (v, state.values))
+            )
+            visible = jnp.arange(self.segment) <= slot[:, None, None]
+            y = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), visible)
+        else:
+            keys, values = (
+                cache.at[:, :, :length].set(z.astype(cache.dtype))
+                for z, cache in ((k, state.keys), (v, state.values))
+            )
+            visible = jnp.tril(jnp.ones((length, length), bool))
+            y = self._attend(q, k, v, jnp.broadcast_to(visible, (batch, length, length)))
         y = constrain(self.output(y), ("batch", "time", "embed"))
         m, memory = self.memory(y, state.memory, segment_ids=ids)
-        state = state._replace(
+        state = MemoryAsContextState(
             memory=memory,
-            slot=(state.slot + length) % self.segment,
+            recalled=recalled,
+            keys=keys,
+            values=values,
+            slot=(slot + length) % self.segment,
             segment=ids[:, -1],
             position=positions[:, -1] + 1,
         )
         return self.combine(y, m), state
 
-    def _attend(self, q, k, v, documents, state):
-        """Attention over [P | recalled | own], up to each token's slot, inside its document."""
+    def _attend(self, q, k, v, visible):
+        """Attention over [P | recalled | own]; `visible` of the recalled and of the own tokens."""
         batch, length = q.shape[:2]
-        # Several tokens begin the segment: they see one another alone. One looks up the cache.
-        if length == 1:
-            k, v = state.keys.astype(q.dtype), state.values.astype(q.dtype)
-            slot = state.slot[None]
-            seen = state.documents
-        else:
-            slot, seen = jnp.arange(length), documents
-        visible = jnp.arange(k.shape[2])[None, :] <= slot[:, None]
-        mask = visible[None] & (documents[:, :, None] == seen[:, None, :])
-        mask = jnp.concatenate([mask, mask], axis=-1)
         k, v = (z.reshape(batch, -1, *z.shape[3:]) for z in (k, v))
+        mask = jnp.concatenate([visible, visible], axis=-1)
         if self.persistent is not None:
             prefix = self.persistent[...].astype(q.dtype)[None]
             always = jnp.ones((batch, length, prefix.shape[1]), bool)
@@ -259,6 +248,11 @@ class Tokens(NamedTuple):
     """Tokens and where documents start; positions count inside documents."""
 
     x: Float[Array, "B T E"]
-    new: Array
+    new: Bool[Array, "B T"]
     ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
+
+
+def choose(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
+    """`yes` in the given rows, else `no`."""
+    return jnp.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)

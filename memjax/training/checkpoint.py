@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -29,6 +28,7 @@ from jax.experimental import multihost_utils
 
 import memjax
 from memjax.training import config as config_lib
+from memjax.training.arrays import audit, flatten, unflatten
 from memjax.training.metrics import NonFiniteError
 from memjax.training.state import TrainState
 from memjax.typing import Array, PyTree
@@ -42,57 +42,6 @@ class MismatchError(ValueError):
 
 class DamagedError(RuntimeError):
     """The checkpoint's files are truncated, missing or altered."""
-
-
-def _name(path) -> str:
-    # nnx ends the path of a parameter with its attribute `value`.
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-
-
-def flatten(tree: PyTree) -> dict[str, Any]:
-    """The leaves by name; random keys as the integers that they consist of."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    flat = {_name(path): leaf for path, leaf in leaves}
-    for name, leaf in flat.items():
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                data = jax.eval_shape(jax.random.key_data, leaf)
-                flat[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-            else:
-                flat[name] = jax.random.key_data(leaf)
-    return flat
-
-
-def unflatten(flat: Mapping[str, Array], like: PyTree) -> PyTree:
-    """The inverse of `flatten`, into the structure of `like`."""
-
-    def leaf(path, template):
-        value = flat[_name(path)]
-        if jnp.issubdtype(template.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(value)
-        return value
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-@jax.jit
-def _audit(flat: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Whether each array is finite, and the sum of its bits as integers, modulo 2^32.
-
-    The sum is one of integers, so it is the same on every mesh.
-    """
-
-    def checksum(x):
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    finite = {
-        name: jnp.all(jnp.isfinite(x))
-        for name, x in flat.items()
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    }
-    return finite, {name: checksum(x) for name, x in flat.items()}
 
 
 def _manager(directory: str, *, keep: int | None, create: bool) -> ocp.CheckpointManager:
@@ -152,7 +101,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         flat = flatten(state)
-        finite, checksums = jax.device_get(_audit(flat))
+        finite, checksums = jax.device_get(audit(flat))
         bad = [name for name, fine in finite.items() if not fine]
         if bad:
             raise NonFiniteError(f"{bad[0]} is not finite at step {step}; it was not saved")
@@ -349,7 +298,7 @@ def _compare_shapes(where: str, saved: Mapping[str, Any], wanted: Mapping[str, A
 
 
 def _verify(where: str, flat: dict[str, Array], checksums: Mapping[str, Any]) -> None:
-    _, found = jax.device_get(_audit(flat))
+    _, found = jax.device_get(audit(flat))
     for name, value in found.items():
         if int(value) != int(checksums[name]):
             raise DamagedError(f"{where} is damaged (the checksum of {name} does not match)")

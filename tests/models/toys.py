@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.attention import documents
+from memjax import documents
 from memjax.layers import Linear
 from memjax.layers.statistics import MemoryStats
 from memjax.models import LanguageModel, LanguageModelConfig, mixers

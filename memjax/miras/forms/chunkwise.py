@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.miras.forms.inputs import check, document_starts
+from memjax import documents
+from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.products import prefix_products, segment_products
@@ -122,20 +123,19 @@ def trace(
     length = k.shape[1]
     block = min(block, length)
     tiles = _tiles(state, q, k, v, gates, segment_ids, block)
-    inert = jax.tree.map(lambda x: jnp.zeros_like(x[0]), tiles)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
     def aligned(carry, tiles):
         def body(carry, tile):
             return _aligned_tile(rule, state, block, carry, tile)
 
-        return grouped_scan(body, carry, tiles, group=remat, inert=inert)
+        return grouped_scan(body, carry, tiles, group=remat)
 
     def anywhere(carry, tiles):
         def body(carry, tile):
             return _any_tile(rule, state, carry, tile)
 
-        return grouped_scan(body, carry, tiles, group=remat, inert=inert)
+        return grouped_scan(body, carry, tiles, group=remat)
 
     if length == 1:
         carry, (y, loss) = aligned(carry, tiles)
@@ -167,7 +167,7 @@ def _tiles(state, q, k, v, gates, segment_ids, block) -> Tile:
         return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else jnp.moveaxis(x, 1, 0)
 
     live = jnp.ones((batch, length), bool)
-    starts = ~live if segment_ids is None else document_starts(state.segment, segment_ids)
+    starts = ~live if segment_ids is None else documents.starts(segment_ids, state.segment)
     return jax.tree.map(fold, Tile(q, k, v, gates, starts, live))
 
 
@@ -182,7 +182,7 @@ def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
     index = jnp.arange(length)
     if segment_ids is None:
         return (state.place[:, None] + index) % rule.chunk
-    starts = document_starts(state.segment, segment_ids)
+    starts = documents.starts(segment_ids, state.segment)
     begun = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)
     return jnp.where(begun < 0, state.place[:, None] + index, index - begun) % rule.chunk
 

@@ -1,10 +1,8 @@
-"""What every form does to its arguments: checks, dtypes, and where documents start."""
-
-import jax.numpy as jnp
+"""What every form does to its arguments: checks and dtypes."""
 
 from memjax.miras.precision import accumulation_dtype
 from memjax.miras.rule import Gates, Rule, State
-from memjax.typing import Array, Bool, Float, Int
+from memjax.typing import Array, Float, Int
 
 
 def check(
@@ -56,11 +54,3 @@ def check(
     dtype = accumulation_dtype(state.weights[0].dtype)
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
     return Gates(*cast)
-
-
-def document_starts(
-    segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]
-) -> Bool[Array, "B T"]:
-    """Where a document starts: the id differs from the token before (-1: nothing was before)."""
-    before = jnp.concatenate([segment[:, None], segment_ids[:, :-1]], axis=1)
-    return (segment_ids != before) & (before != -1)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.miras.forms.inputs import check, document_starts
+from memjax import documents
+from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.rule import Gates, Rule, State
@@ -13,14 +14,13 @@ from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
 class Token(NamedTuple):
-    """One token of every row and head; `live` is False where there is none."""
+    """One token of every row and head; `starts` begin documents."""
 
     q: Float[Array, "B H K"]
     k: Float[Array, "B H K"]
     v: Float[Array, "B H V"]
     gates: Gates
     starts: Bool[Array, " B"]
-    live: Bool[Array, " B"]
 
 
 def recurrent(
@@ -54,13 +54,12 @@ def recurrent(
     gates = check(rule, state, q, k, v, gates, segment_ids)
     tokens = _tokens(state, q, k, v, gates, segment_ids)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    inert = jax.tree.map(lambda x: jnp.zeros_like(x[0]), xs)
 
     def body(carry, x):
         return _write_and_read(rule, state, carry, x)
 
     carry = (state.base, state.weights, state.momentum, state.place)
-    carry, y = grouped_scan(body, carry, xs, group=None, inert=inert)
+    carry, y = grouped_scan(body, carry, xs)
     return _outcome(state, carry, jnp.moveaxis(y, 0, 1), q, segment_ids)
 
 
@@ -107,9 +106,11 @@ def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "
 
 
 def _tokens(state, q, k, v, gates, segment_ids) -> Token:
-    live = jnp.ones(k.shape[:2], bool)
-    starts = ~live if segment_ids is None else document_starts(state.segment, segment_ids)
-    return Token(q, k, v, gates, starts, live)
+    if segment_ids is None:
+        starts = jnp.zeros(k.shape[:2], bool)
+    else:
+        starts = documents.starts(segment_ids, state.segment)
+    return Token(q, k, v, gates, starts)
 
 
 def _outcome(state, carry, y, q, segment_ids) -> tuple[Array, State]:
@@ -168,8 +169,7 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     new_weights = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, written)
     new_base = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, base)
     new_carry = (new_base, new_weights, new_velocity, jnp.where(complete, 0, place + 1))
-    carry = jax.tree.map(lambda new, old: _rows(token.live, new, old), new_carry, carry)
-    return carry, y[:, :, 0]
+    return new_carry, y[:, :, 0]
 
 
 def _rows(choose: Bool[Array, " B"], yes: Array, no: Array) -> Array:

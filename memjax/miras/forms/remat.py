@@ -8,20 +8,28 @@ import jax.numpy as jnp
 
 from memjax.typing import PyTree
 
+FREE = 8  # steps that are kept without recomputation, unless a group size is asked for
 
-def group_size(length: int, group: int | None) -> int:
-    """Steps per group: as asked, or the size near sqrt(length) that wastes the fewest steps."""
+
+def group_size(length: int, group: int | None = None) -> int:
+    """Steps per group: as asked, or the divisor of `length` nearest its square root.
+
+    Up to `FREE` steps are one group, all kept. A length with no divisor between half and twice its
+    square root takes the square root, and leaves a shorter group at the end.
+    """
     if group is not None:
         if group < 0:
             raise ValueError(f"remat {group} must be 0 (keep everything) or a group size")
         return min(group, length) if group else length
+    if length <= FREE:
+        return length
     root = math.sqrt(length)
-    sizes = range(max(1, math.ceil(root / 2)), min(length, math.ceil(root * 2)) + 1)
-    return min(sizes, key=lambda g: (math.ceil(length / g) * g - length, abs(g - root)))
+    fits = [g for g in range(math.ceil(root / 2), math.floor(root * 2) + 1) if length % g == 0]
+    return min(fits, key=lambda g: abs(g - root), default=math.ceil(root))
 
 
 def grouped_scan(
-    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None, inert: PyTree
+    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan(step, carry, xs)`, saving for the backward pass one carry a group.
 
@@ -29,22 +37,23 @@ def grouped_scan(
         step: `(carry, x) -> (carry, y)`.
         carry: the first carry.
         xs: inputs, with one leading axis.
-        group: steps per group; None = near the square root of the length, 0 = save every step.
-        inert: an input (without the leading axis) on which `step` leaves the carry as it is.
+        group: steps per group; None = near the square root of the length (a few steps are all
+            saved), 0 = save every step.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
     size = group_size(length, group)
-    if group == 0 or length == 1:
+    if size == length and group != length:
         return jax.lax.scan(step, carry, xs)
-    groups = math.ceil(length / size)
-    spare = groups * size - length
+    whole = length - length % size
 
-    def fold(x, pad):
-        if spare:
-            x = jnp.concatenate([x, jnp.broadcast_to(pad, (spare, *pad.shape)).astype(x.dtype)])
-        return x.reshape(groups, size, *x.shape[1:])
+    def run(carry, xs):
+        return jax.lax.scan(step, carry, xs)
 
-    folded = jax.tree.map(fold, xs, inert)
-    inner = jax.checkpoint(lambda c, x: jax.lax.scan(step, c, x), prevent_cse=False)
-    carry, ys = jax.lax.scan(inner, carry, folded)
-    return carry, jax.tree.map(lambda y: y.reshape(groups * size, *y.shape[2:])[:length], ys)
+    run = jax.checkpoint(run, prevent_cse=False)
+    folded = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
+    carry, ys = jax.lax.scan(run, carry, folded)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if whole < length:
+        carry, rest = run(carry, jax.tree.map(lambda x: x[whole:], xs))
+        ys = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), ys, rest)
+    return carry, ys
