@@ -10,7 +10,8 @@ from flax import nnx
 
 from memjax.training import run as run_lib
 from memjax.training import state as state_lib
-from memjax.training.checkpoint import Checkpoints, flatten
+from memjax.training.arrays import flatten
+from memjax.training.checkpoint import Checkpoints
 
 MODEL = {
     "pattern": ("transformer",),

@@ -92,18 +92,18 @@ def test_a_changed_value_is_found_by_its_checksum(saved, corpus):
     run, folder = saved
     checkpoints = helpers.open_checkpoints(run, folder)
     state = helpers.start(corpus, seed=5, step=3)
-    right = checkpoint._audit
+    right = checkpoint.audit
 
     def wrong(flat):
         finite, sums = right(flat)
         return finite, {**sums, "params/embedding": sums["params/embedding"] + 1}
 
-    checkpoint._audit = wrong
+    checkpoint.audit = wrong
     try:
         checkpoints.save(state, helpers.DATA)
         checkpoints.wait()
     finally:
-        checkpoint._audit = right
+        checkpoint.audit = right
     with pytest.raises(DamagedError, match=r"checksum of params/embedding does not match"):
         checkpoints.restore(run.abstract_state)
 

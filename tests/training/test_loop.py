@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -280,3 +281,67 @@ def test_a_run_on_eight_devices_with_accumulation(straight, tmp_path):
     alone = loop.train(helpers.config(config["data"]["source"]), str(tmp_path / "two"))
     assert summary.validation.loss == pytest.approx(alone.validation.loss, rel=1e-4)
     assert checkpoint.read_config(str(workdir / "checkpoints"))[0] == 6
+
+
+TWO_HOSTS = """
+import os, signal, sys
+import jax
+port, rank, signal_at, workdir, config = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+from memjax.training import cli, loop
+place, calls = loop.place, []
+
+def interrupted(*args):
+    calls.append(1)
+    if rank == "1" and len(calls) == int(signal_at):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return place(*args)
+
+loop.place = interrupted
+summary = loop.train(cli.load_config(config), workdir)
+print("RESULT", summary.step, summary.stopped, summary.validation and summary.validation.loss)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one_and_stop_together(corpus, tmp_path):
+    """Two processes train as one would; a SIGTERM to one of them stops both after the same step."""
+    settings = helpers.config(corpus, mesh={"data": 1, "fsdp": 2})
+
+    def run(name, signal_at, settings):
+        file = tmp_path / f"{name}.py"
+        file.write_text(
+            "from memjax.training import complete\n"
+            f"def get_config():\n    return complete({settings!r})\n"
+        )
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", TWO_HOSTS, str(port)]
+        hosts = [
+            subprocess.Popen(
+                [*command, str(rank), str(signal_at), str(tmp_path / name), str(file)],
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        found = [host.communicate(timeout=300) for host in hosts]
+        for out, error in found:
+            assert "RESULT" in out, error
+        return [out.split("RESULT ")[1].split() for out, _ in found]
+
+    first, second = run("whole", 0, settings)
+    assert first == second
+    assert first[:2] == ["6", "finished"]
+    alone = loop.train(settings, str(tmp_path / "alone"))
+    assert float(first[2]) == pytest.approx(alone.validation.loss, rel=1e-6)
+
+    settings["train"]["steps"] = 5000
+    first, second = run("stopped", 3, settings)
+    assert first == second
+    assert first[1] == "SIGTERM"
+    state, data_state = last_checkpoint(settings, tmp_path / "stopped")
+    assert int(state.step) == data_state["batches"] == int(first[0]) < 5000
