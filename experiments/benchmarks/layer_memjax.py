@@ -1,0 +1,113 @@
+"""Child process: memjax's NeuralMemory, forward and backward, compiled for one shape."""
+
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memjax import miras
+from memjax.layers import NeuralMemory
+
+
+def build(spec: dict):
+    """Compiles the step for a shape.
+
+    Args:
+        spec: batch, tokens, dim, heads, depth, expansion, chunk; products: size n of plain matrix
+            products [n, n] x [n, n] whose rate is measured for comparison, 0 = none.
+    Returns:
+        (info, answer): `answer(steps=n)` gives tokens, seconds and the memory so far.
+    """
+    rule = miras.zoo.titans(depth=spec["depth"], expansion=spec["expansion"], chunk=spec["chunk"])
+    memory = NeuralMemory(spec["dim"], spec["heads"], rule=rule, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(memory, nnx.Param)
+    x, weights = jax.random.normal(
+        jax.random.key(1), (2, spec["batch"], spec["tokens"], spec["dim"])
+    )
+
+    def loss(params, x, weights):
+        y, _ = nnx.merge(graphdef, params)(x)
+        return jnp.vdot(y, weights)
+
+    step = jax.value_and_grad(loss, argnums=(0, 1))
+    began = time.perf_counter()
+    compiled = jax.jit(step).lower(params, x, weights).compile()
+    seconds = time.perf_counter() - began
+    info = {
+        "versions": harness.versions("memjax", "jax", "jaxlib", "flax"),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "compile_seconds": seconds,
+        "planned_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "flops": product_flops(jax.make_jaxpr(step)(params, x, weights).jaxpr),
+        "product_rate": product_rate(spec["products"]) if spec["products"] else None,
+    }
+    watched = harness.Memory()
+    results = compiled(params, x, weights)
+    # NumPy, because JAX would compile, and that takes memory.
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(results)):
+        raise FloatingPointError("memjax: loss or gradients are not finite")
+    del results
+
+    def answer(steps: int) -> dict:
+        began = time.perf_counter()
+        for _ in range(steps):
+            jax.block_until_ready(compiled(params, x, weights))
+        seconds = time.perf_counter() - began
+        return {
+            "steps": steps,
+            "tokens": steps * spec["batch"] * spec["tokens"],
+            "seconds": seconds,
+            "growth": watched.growth(),
+            "largest": harness.largest(),
+        }
+
+    return info, answer
+
+
+def product_flops(jaxpr) -> int:
+    """Floating-point operations of the matrix products of a program, loops counted in full.
+
+    Of the branches of a condition the cheapest counts: for the memory that is the one that runs
+    where chunks are whole.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = 1
+            for axis in contract:
+                inner *= left[axis]
+            total += 2 * inner * equation.outvars[0].aval.size
+            continue
+        inside = [
+            product_flops(getattr(part, "jaxpr", part))
+            for value in equation.params.values()
+            for part in (value if isinstance(value, tuple | list) else (value,))
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        ]
+        if equation.primitive.name == "cond":
+            total += min(inside)
+        else:
+            total += equation.params.get("length", 1) * sum(inside)
+    return total
+
+
+def product_rate(n: int) -> float:
+    """The best of five: floating-point operations a second of fp32 products [n, n] x [n, n]."""
+    a = jax.random.normal(jax.random.key(2), (n, n))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+if __name__ == "__main__":
+    harness.serve(build)
