@@ -147,7 +147,8 @@ class NeuralMemory(nnx.Module):
             None if self.momentum is None else nothing,
             None if self.retain is None else nothing,
         )
-        return NeuralMemoryState(memory, convs, stats)
+        # each its own array, and none of them a parameter: a caller may donate them
+        return jax.tree.map(jnp.copy, NeuralMemoryState(memory, convs, stats))
 
     def __call__(
         self,

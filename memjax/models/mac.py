@@ -105,11 +105,12 @@ class MemoryAsContext(nnx.Module):
         """The state before the first token."""
         memory = self.memory.start(batch)
         cache = jnp.zeros((batch, 2, self.segment, self.heads, self.head_dim))
+        # each its own array: a caller may donate them
         return MemoryAsContextState(
             memory=memory,
-            recalled=memory.memory.weights,
+            recalled=jax.tree.map(jnp.copy, memory.memory.weights),
             keys=cache,
-            values=cache,
+            values=jnp.copy(cache),
             slot=jnp.zeros(batch, jnp.int32),
             segment=jnp.full(batch, -1, jnp.int32),
             position=jnp.zeros(batch, jnp.int32),
