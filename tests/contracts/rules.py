@@ -129,6 +129,7 @@ CASES = (
         oracle.Rule(chunk=5, norm=True, residual=True, momentum=False),
         retain=None,
         scale=True,
+        rate=0.5,
     ),
 )  # fmt: skip
 
