@@ -70,8 +70,8 @@ def build(spec: dict):
 def product_flops(jaxpr) -> int:
     """Floating-point operations of the matrix products of a program, loops counted in full.
 
-    Of the branches of a condition the cheapest counts: for the memory that is the one that runs
-    where chunks are whole.
+    Of the branches of a condition the one where it holds counts: for the memory that is the one
+    that runs where chunks are whole.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -83,16 +83,14 @@ def product_flops(jaxpr) -> int:
                 inner *= left[axis]
             total += 2 * inner * equation.outvars[0].aval.size
             continue
-        inside = [
-            product_flops(getattr(part, "jaxpr", part))
-            for value in equation.params.values()
-            for part in (value if isinstance(value, tuple | list) else (value,))
-            if hasattr(getattr(part, "jaxpr", part), "eqns")
-        ]
         if equation.primitive.name == "cond":
-            total += min(inside)
-        else:
-            total += equation.params.get("length", 1) * sum(inside)
+            total += product_flops(equation.params["branches"][-1].jaxpr)
+            continue
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inside = getattr(part, "jaxpr", part)
+                if hasattr(inside, "eqns"):
+                    total += equation.params.get("length", 1) * product_flops(inside)
     return total
 
 

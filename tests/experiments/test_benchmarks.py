@@ -86,7 +86,8 @@ def test_neural_memory_without_the_peer(tmp_path, bare_python):
     assert row["peak_bytes"] > 50e6  # at least JAX itself
     assert row["step_bytes"] < row["peak_bytes"]
     assert [sample["tokens"] for sample in row["samples"]] == [64, 64]
-    assert row["flops_per_token"] > 0
+    # at least the forward pass of the memories: 11 operations a weight (docs/performance.md)
+    assert row["flops_per_token"] > 11 * 2 * (2 * 16 * 64)
     assert row["share_of_product_rate"] == pytest.approx(
         row["flops_per_token"] * speed["median"] / row["product_rate"]
     )
@@ -247,7 +248,7 @@ def test_counted_operations(module):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
 
     x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
-    assert count(jax.make_jaxpr(program)(x, w).jaxpr) == 6 * 2 * 3 * 4 * 4
+    assert count(jax.make_jaxpr(program)(x, w).jaxpr) == 7 * 2 * 3 * 4 * 4
     batched = jax.make_jaxpr(lambda x: jnp.einsum("bij,bkj->bik", x, x))(jnp.ones((2, 3, 4))).jaxpr
     assert count(batched) == 2 * 2 * 3 * 3 * 4
 
