@@ -18,3 +18,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# The tests compile thousands of small programs and run each for a moment: half the time to compile
+# is worth more to them than the last optimisation. `make quickstart` and the benchmarks have it.
+jax.config.update("jax_disable_most_optimizations", True)

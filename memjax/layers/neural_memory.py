@@ -139,7 +139,7 @@ class NeuralMemory(nnx.Module):
             q, k, v, _ = self._project(prefix, None, None)
             _, row = miras.chunkwise(self.rule, row, q, k, v, self._gates(prefix))
             memory = miras.begin_from(row, batch)
-        convs = tuple(conv.start(batch) for conv in self.convs)
+        convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
         stats = MemoryStats(
             nothing,
@@ -157,6 +157,7 @@ class NeuralMemory(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        aligned: bool = False,
     ) -> tuple[Float[Array, "B T E"], NeuralMemoryState]:
         """Reads and learns x, going on from `state`.
 
@@ -165,6 +166,7 @@ class NeuralMemory(nnx.Module):
             state: what the tokens before left; None = `start(B)`.
             segment_ids: document of each token [B, T]; the memory restarts where it changes.
             positions: not used (a memory has no positions); there for the mixers' one signature.
+            aligned: a promise about x that saves compile time, see `miras.trace`.
         Returns:
             [B, T, dim] in the dtype of x, and the state after the last token.
         Raises:
@@ -174,6 +176,7 @@ class NeuralMemory(nnx.Module):
             raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
         if state is None:
             state = self.start(x.shape[0])
+            aligned = aligned or segment_ids is None
         if state.memory.place.shape[0] != x.shape[0]:
             raise ValueError(
                 f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
@@ -182,7 +185,7 @@ class NeuralMemory(nnx.Module):
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         gates = self._gates(x)
         y, surprise, memory = miras.trace(
-            self.rule, state.memory, q, k, v, gates, segment_ids=segment_ids
+            self.rule, state.memory, q, k, v, gates, segment_ids=segment_ids, aligned=aligned
         )
         y = constrain(y, ("batch", "time", "heads", "kv"))
         y = self.norm(y) * jax.nn.silu(self.gate(x))

@@ -104,7 +104,9 @@ def _stream(
     if length == 0:
         return
     graphdef, values = nnx.split(model)
-    logits, state = prefill(graphdef, values, model.start(prompt.shape[0]), prompt, chunk)
+    # `prefill` takes the state over, and parts of a fresh one may share a buffer
+    state = jax.tree.map(jnp.copy, model.start(prompt.shape[0]))
+    logits, state = prefill(graphdef, values, state, prompt, chunk)
     token = _pick(logits, jax.random.fold_in(key, 0), sampling).astype(prompt.dtype)
     yield token
     for n in range(1, length):

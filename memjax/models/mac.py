@@ -215,7 +215,9 @@ class MemoryAsContext(nnx.Module):
             visible = jnp.tril(jnp.ones((length, length), bool))
             y = self._attend(q, k, v, jnp.broadcast_to(visible, (batch, length, length)))
         y = constrain(self.output(y), ("batch", "time", "embed"))
-        m, memory = self.memory(y, state.memory, segment_ids=ids)
+        # Chunks are counted from document starts, as segments are.
+        aligned = self.segment % self.memory.rule.chunk == 0
+        m, memory = self.memory(y, state.memory, segment_ids=ids, aligned=aligned)
         state = MemoryAsContextState(
             memory=memory,
             recalled=recalled,

@@ -72,9 +72,7 @@ class Checkpoints:
         config: Mapping[str, Any],
         keep: int | None = 3,
     ):
-        self.directory = str(
-            epath.Path(directory).absolute() if "://" not in directory else directory
-        )
+        self.directory = _absolute(directory)
         self._identity = config_lib.plain(identity)
         self._stored = {
             "memjax": memjax.__version__,
@@ -309,7 +307,13 @@ def _reader(directory: str) -> ocp.CheckpointManager:
     return _manager(directory, keep=None, create=False)
 
 
+def _absolute(directory: str) -> str:
+    """Orbax takes absolute paths only; a bucket is one already."""
+    return directory if "://" in directory else str(epath.Path(directory).absolute())
+
+
 def _newest(directory: str, step: int | None) -> tuple[ocp.CheckpointManager, int, str]:
+    directory = _absolute(directory)
     if not epath.Path(directory).exists():
         raise FileNotFoundError(
             f"{directory} does not exist: train first (experiments/train.py), or give the --workdir"

@@ -8,6 +8,7 @@ with X_j its input and D_j the signal at its output on the key side, both at W'.
 query side is then three products: with W, with S, and with D under the masked scores Xq X^T.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -113,8 +114,16 @@ def trace(
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
     remat: int | None = None,
+    aligned: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"], State]:
-    """`chunkwise` and `surprise` in one pass: (y, surprise, state)."""
+    """`chunkwise` and `surprise` in one pass: (y, surprise, state).
+
+    Args:
+        aligned: the caller's promise that chunks and documents begin at multiples of `block` in
+            this call, if they begin in it at all, the first of its tokens being such a place; what
+            is for any other place is then not compiled. A promise that is broken gives wrong
+            results. All other arguments are those of `chunkwise`.
+    """
     gates = check(rule, state, q, k, v, gates, segment_ids)
     if block is None:
         block = _default_block(rule.chunk)
@@ -125,11 +134,16 @@ def trace(
     tiles = _tiles(state, q, k, v, gates, segment_ids, block)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
-    def aligned(carry, tiles):
+    def by_tile(carry, tiles):
         def body(carry, tile):
-            return _aligned_tile(rule, state, block, carry, tile)
+            if segment_ids is not None:
+                carry = _restart(state, carry, tile.starts[:, 0])
+            if block < rule.chunk:
+                return _tile_of_chunk(rule, state, carry, tile)
+            return _whole_chunk(rule, state, carry, tile)
 
-        return grouped_scan(body, carry, tiles, group=remat)
+        carry, outputs = grouped_scan(body, carry, tiles, group=remat)
+        return _settle(rule, carry), outputs
 
     def anywhere(carry, tiles):
         def body(carry, tile):
@@ -137,13 +151,13 @@ def trace(
 
         return grouped_scan(body, carry, tiles, group=remat)
 
-    if length == 1:
-        carry, (y, loss) = aligned(carry, tiles)
+    if length == 1 or aligned:
+        carry, (y, loss) = by_tile(carry, tiles)
     else:
         # Where no tile holds a boundary but at its first token, one run a tile is enough.
         places = _places(rule, state, segment_ids, length)[:, ::block]
         whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
-        carry, (y, loss) = jax.lax.cond(whole, aligned, anywhere, carry, tiles)
+        carry, (y, loss) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
     y, loss = _unfold(y, length), _unfold(loss, length)
     segment = state.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
     state = state._replace(**carry._asdict(), segment=segment)
@@ -187,15 +201,30 @@ def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
     return jnp.where(begun < 0, state.place[:, None] + index, index - begun) % rule.chunk
 
 
-def _aligned_tile(rule, state, block, carry: Carry, tile: Tile):
-    """A tile in which no chunk and no document begins but at its first token."""
-    carry = _restart(state, carry, tile.starts[:, 0])
-    if block == rule.chunk:
-        carry = carry._replace(base=carry.weights)
+def _tile_of_chunk(rule, state, carry: Carry, tile: Tile):
+    """A tile inside a chunk."""
     flat = jnp.zeros_like(tile.live, jnp.int32)
     y, loss, weights, velocity = _run(rule, state, carry, tile, tile.live, flat)
-    carry = _close(rule, carry, weights, velocity, tile, tile.live)
-    return carry, (y, loss)
+    return _close(rule, carry, weights, velocity, tile, tile.live), (y, loss)
+
+
+def _whole_chunk(rule, state, carry: Carry, tile: Tile):
+    """A tile that is a chunk, or what there is of the last one: `_settle` tells them apart."""
+    carry = carry._replace(base=carry.weights)
+    flat = jnp.zeros_like(tile.live, jnp.int32)
+    y, loss, weights, velocity = _run(rule, state, carry, tile, tile.live, flat)
+    if tile.gates.scale is not None:
+        scale = jnp.where(tile.live[:, None, -1], tile.gates.scale[:, :, -1], 1)[..., None, None]
+        weights = jax.tree.map(lambda b, w: b + scale * (w - b), carry.base, weights)
+    place = jnp.sum(tile.live, axis=1, dtype=carry.place.dtype)
+    return Carry(carry.base, weights, velocity, place), (y, loss)
+
+
+def _settle(rule, carry: Carry) -> Carry:
+    """Ends the chunk that the last tile filled."""
+    complete = carry.place == rule.chunk
+    base = jax.tree.map(lambda w, b: _where(complete, w, b), carry.weights, carry.base)
+    return carry._replace(base=base, place=jnp.where(complete, 0, carry.place))
 
 
 def _any_tile(rule, state, carry: Carry, tile: Tile):
@@ -265,6 +294,8 @@ def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
 def _run(rule, state: State, carry: Carry, tile: Tile, live, document):
     """`_run_head` over rows and heads: (y [B,H,C,V], loss [B,H,C], weights, momentum)."""
 
+    # Keep the products for the backward pass, compute what lies between them again.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
     def head(base, weights, velocity, slow, q, k, v, gates, live, document):
         return _run_head(rule, base, weights, velocity, slow, q, k, v, gates, live, document)
 
