@@ -13,6 +13,9 @@ from tests.oracles import miras as oracle
 
 BATCH, LENGTH, PREFIX = 2, 13, 6
 
+# Tiny programs that run a few times each: what counts is how long they take to compile.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 class Forms(NamedTuple):
     """The forms of one function; a fault is a wrapper that replaces some of them."""
@@ -190,7 +193,7 @@ def _compiled(form, rule, options):
     def apply(state, stream, ids):
         return form(rule, state, *stream, segment_ids=ids, **dict(options))
 
-    return jax.jit(apply)
+    return quick_jit(apply)
 
 
 def run(form, case, state, stream, ids=None, **options):
@@ -207,7 +210,9 @@ def parts(state):
 
 
 @functools.cache
-def _pulled(form, rule, options):
+def pulled(form, rule, options):
+    """`pull` as a function of arrays, jitted."""
+
     def apply(state, stream, ids, cotangent):
         def function(floats, stream):
             y, last = form(
@@ -218,12 +223,12 @@ def _pulled(form, rule, options):
         out, pull = jax.vjp(function, parts(state), stream)
         return out, dict(zip(("state", "stream"), pull(cotangent), strict=True))
 
-    return jax.jit(apply)
+    return quick_jit(apply)
 
 
 def pull(form, case, state, stream, ids, cotangent, **options):
     """(y, final base, weights and momentum), and the gradient of every float that went in."""
-    return _pulled(form, case.rule, tuple(options.items()))(state, stream, ids, cotangent)
+    return pulled(form, case.rule, tuple(options.items()))(state, stream, ids, cotangent)
 
 
 def folded(state, gradient):
@@ -242,7 +247,7 @@ def folded(state, gradient):
 def forget():
     """Drops what was compiled: hundreds of small programs are more than a process may map."""
     _compiled.cache_clear()
-    _pulled.cache_clear()
+    pulled.cache_clear()
     stepwise.cache_clear()
     jax.clear_caches()
 

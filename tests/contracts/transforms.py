@@ -29,9 +29,9 @@ def check_vmap(forms, case):
     ct = scenes.cotangent(case, state)
     both = jax.tree.map(lambda a, b: jnp.stack([jnp.asarray(a), b]), stream, other)
     form = forms.chunkwise
-    got = jax.jit(jax.vmap(lambda s: pull(form, case, state, s, ids, ct), in_axes=0, out_axes=0))(
-        both
-    )
+    one = scenes.pulled(form, case.rule, ()).__wrapped__
+    over = jax.vmap(one, in_axes=(None, 0, None, None))
+    got = scenes.quick_jit(over)(state, both, ids, ct)
     members = [pull(form, case, state, s, ids, ct) for s in (stream, other)]
     want = jax.tree.map(lambda a, b: np.stack([a, b]), *members)
     assert_close(got, want, 1e-10, f"{case.name} vmap: ")
