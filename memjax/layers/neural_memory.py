@@ -57,7 +57,7 @@ class NeuralMemory(nnx.Module):
     Raises:
         ValueError: sizes that do not fit.
     Source: Titans (arXiv:2501.00663), section 4.4; initial gates are our choice: lr = lr_max / 10,
-        momentum 0.5, retain 0.99.
+        momentum 0.5, retain 0.999.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class NeuralMemory(nnx.Module):
             self.rule.retention.needs_retain,
         )
         self.momentum = GateHead(dim, heads, initial=0.5, rngs=rngs) if has_momentum else None
-        self.retain = GateHead(dim, heads, initial=0.99, rngs=rngs) if has_retain else None
+        self.retain = GateHead(dim, heads, initial=0.999, rngs=rngs) if has_retain else None
         keys = jax.random.split(rngs.params(), heads)
         weights = jax.vmap(lambda key: self.rule.init(key, head_dim, head_dim))(keys)
         self.fast = nnx.List(
