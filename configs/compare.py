@@ -1,7 +1,7 @@
 """MAC, MAG, MAL, LMM and Transformer at equal parameters on the embedded corpus.
 
-What:     five models of half the depth of configs/quickstart.py; the feed-forward layers are as wide
-          as it takes for all to have the parameters of the MAC model (within 0.5 %).
+What:     five models of half the depth of configs/quickstart.py; the feed-forward layers as wide as
+          it takes for all to have the parameters of the MAC model (within 0.5 %).
 Command:  python experiments/compare.py        (all of them, three seeds each, and the table)
           python experiments/train.py --config=configs/compare.py:mac --config.seed=1 \
               --workdir=runs/compare/mac-1
