@@ -29,6 +29,76 @@ def test_transformer_counts(name, layers, dim, hidden, count):
     assert transformer_parameters(layers, dim, hidden) == count
 
 
+def memory_parameters(dim, heads, persistent, conv=4, depth=2, expansion=4):
+    """Of Titans' memory layer."""
+    head = dim // heads
+    projections = 5 * dim * dim  # queries, keys, values, gate, output
+    gates = 3 * (dim * heads + heads)  # rate, momentum, retention
+    convolutions = 3 * conv * dim
+    hidden = expansion * head
+    mlp = head * hidden + (depth - 2) * hidden * hidden + hidden * head
+    return (
+        projections
+        + head  # norm of a head's output
+        + gates
+        + convolutions
+        + heads * (mlp + 2 * head)  # W_0, and the scale and offset of its layer norm
+        + persistent * dim
+    )
+
+
+def titans_parameters(block, layers, dim, heads, hidden, vocab=32000, persistent=16):
+    attention = 4 * dim * dim
+    mixer = {
+        "lmm": memory_parameters(dim, heads, persistent),
+        # one set of persistent tokens, those of the segment; two norms where the branches meet
+        "mac": memory_parameters(dim, heads, 0) + attention + persistent * dim + 2 * dim,
+        # each branch has its own
+        "mag": memory_parameters(dim, heads, persistent) + attention + persistent * dim + 2 * dim,
+        "mal": memory_parameters(dim, heads, persistent) + attention + persistent * dim + dim,
+    }[block]
+    return vocab * dim + layers * (mixer + 3 * dim * hidden + 2 * dim) + dim
+
+
+SIZES = {
+    "170m": (12, 768, 16, 2048),
+    "340m": (24, 1024, 16, 2816),
+    "760m": (24, 1536, 16, 4096),
+    "1.3b": (18, 2048, 8, 5504),
+}
+COUNTS = {
+    "lmm_170m": 120_866_688,
+    "lmm_340m": 380_767_872,
+    "lmm_760m": 816_518_016,
+    "lmm_1.3b": 1_129_290_672,
+    "mac_170m": 149_196_672,
+    "mac_340m": 481_480_320,
+    "mac_760m": 1_043_084_160,
+    "mac_1.3b": 1_431_354_288,
+    "mag_170m": 149_344_128,
+    "mag_340m": 481_873_536,
+    "mag_760m": 1_043_673_984,
+    "mag_1.3b": 1_431_944_112,
+    "mal_170m": 149_334_912,
+    "mal_340m": 481_848_960,
+    "mal_760m": 1_043_637_120,
+    "mal_1.3b": 1_431_907_248,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_titans_counts(name):
+    block, _, size = name.rpartition("_")
+    assert titans_parameters(block, *SIZES[size]) == COUNTS[name]
+    assert parameter_count(preset(name)) == COUNTS[name]
+
+
+def test_every_preset_is_counted():
+    assert {f"{block}_{size}" for block in ("lmm", "mac", "mag", "mal") for size in SIZES} == set(
+        COUNTS
+    )
+
+
 def test_untied_and_windowed_counts():
     tied = parameter_count(preset("transformer_170m"))
     assert parameter_count(preset("transformer_170m", tied=False)) == tied + 32000 * 768
