@@ -95,6 +95,10 @@ def rms_norm(z, scale):
     return z / np.sqrt((z**2).mean(-1, keepdims=True) + EPSILON) * scale
 
 
+def heads_of(x, weight):
+    return np.einsum("te,ehd->thd", x, weight)
+
+
 def begin(p: Memory) -> Running:
     """Before the first token of a document: the persistent tokens are read, the chunk is new."""
     size = p.query.shape[1] * p.query.shape[2]
@@ -106,12 +110,12 @@ def begin(p: Memory) -> Running:
     return replace(still, state=read)
 
 
-def write(p: Memory, running: Running, x):
-    """The memory's answers [T, H, D] to x [T, E], token by token as it learns it."""
+def queries_keys_values(p: Memory, running: Running, x):
+    """q, k, v of x [T, E], each [T, H, D], and the inputs of the convolutions so far."""
     shape = (len(x), *p.query.shape[1:])
-    qkv, inputs = [], []
+    outputs, inputs = [], []
     for i, weight in enumerate((p.query, p.key, p.value)):
-        z = np.einsum("te,ehd->thd", x, weight).reshape(len(x), -1)
+        z = heads_of(x, weight).reshape(len(x), -1)
         past = np.concatenate([running.inputs[i], z])
         inputs.append(past)
         if p.convs:
@@ -120,26 +124,43 @@ def write(p: Memory, running: Running, x):
                 at = len(past) - len(x) + t
                 for s in range(min(len(p.convs[i]), at + 1)):
                     z[t] += p.convs[i][s] * past[at - s]
-        qkv.append(silu(z).reshape(shape))
-    q, k, v = unit(qkv[0]), unit(qkv[1]), qkv[2]
+        outputs.append(silu(z).reshape(shape))
+    q, k, v = outputs
+    return (unit(q), unit(k), v), tuple(inputs)
+
+
+def read_and_write(p: Memory, running: Running, x):
+    """Answers [T, H, D], losses [T, H] and what runs on, token by token over x [T, E]."""
+    (q, k, v), inputs = queries_keys_values(p, running, x)
 
     def gate(pair, most=1.0):
         return None if pair is None else most * sigmoid(x @ pair[0] + pair[1])[None]
 
     gates = engine.Gates(gate(p.lr, p.lr_max), gate(p.momentum), gate(p.retain))
-    m, _, state = engine.run(p.rule, running.state, q[None], k[None], v[None], gates)
-    return m[0], Running(tuple(inputs), state)
+    m, loss, state = engine.run(p.rule, running.state, q[None], k[None], v[None], gates)
+    return m[0], loss[0], Running(inputs, state)
+
+
+def write(p: Memory, running: Running, x):
+    """What the memory answers to x [T, E] as it learns it, [T, H, D], and what runs on."""
+    m, _, running = read_and_write(p, running, x)
+    return m, running
+
+
+def losses(p: Memory, running: Running, x):
+    """The surprise of each token, [T, H]."""
+    return read_and_write(p, running, x)[1]
 
 
 def answer(p: Memory, m, x):
     """(RMSNorm(m) * SiLU(x W_g)) W_o"""
-    gated = rms_norm(m, p.norm) * silu(np.einsum("te,ehd->thd", x, p.gate))
+    gated = rms_norm(m, p.norm) * silu(heads_of(x, p.gate))
     return np.einsum("thd,hde->te", gated, p.out)
 
 
 def recall(p: Memory, running: Running, x):
     """RMSNorm(M(q)) W_o for every token of x, nothing written; q without convolution."""
-    q = unit(silu(np.einsum("te,ehd->thd", x, p.query)))
+    q = unit(silu(heads_of(x, p.query)))
     m = engine.read(p.rule, running.state, q[None])[0]
     return np.einsum("thd,hde->te", rms_norm(m, p.norm), p.out)
 
@@ -161,10 +182,6 @@ def rotate(z, positions, base):
         ],
         axis=-1,
     )
-
-
-def heads_of(x, weight):
-    return np.einsum("te,ehd->thd", x, weight)
 
 
 def window_attention(p: Attention, x):
