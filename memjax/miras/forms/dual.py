@@ -1,0 +1,153 @@
+"""The dual form of one head: some tokens of a chunk at once, without weights per token.
+
+Inside a chunk all gradients are taken at the same weights W', so token i reads
+
+    W_i = beta_i W + f_i S - sum_{j <= i} G[i, j] X_j^T D_j       for every linear map,
+
+with X_j its input and D_j the signal at its output on the key side, both at W'. A linear map of the
+query side is then three products: with W, with S, and with D under the masked scores Xq X^T.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.miras.precision import accumulation_dtype, matmul
+from memjax.miras.products import prefix_products, segment_products
+from memjax.typing import Array, Bool, Float
+
+
+class Coefficients(NamedTuple):
+    """How much of W, of S and of each token's gradient is in the weights after each token."""
+
+    of_weights: Float[Array, "C *K"] | None  # beta; None = 1
+    of_momentum: Float[Array, "C *K"] | None  # f; None = no momentum
+    of_tokens: Float[Array, "C C *K"]  # G
+
+
+def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
+    """One run of one head: tokens that are not `live` change nothing.
+
+    Args:
+        base: weights at which gradients are taken; weights, velocity: those to go on from.
+        q, k, v: [C, K], [C, K], [C, V].
+        gates: each [C] (retain also [C, K]).
+        live: [C].
+        document: number of the token's document [C]; a new one starts from `weights` again.
+    """
+    loss, inputs, signals = _capture(rule, base, slow, k, v)
+    same = document[:, None] == document[None, :]
+    first = jnp.diff(document, prepend=document[:1] - 1) != 0
+    lr = jnp.where(live, gates.lr, 0)
+    eta = None if gates.momentum is None else jnp.where(live, gates.momentum, 1)
+    # Tokens that are not live keep the weights and add no momentum to them.
+    between, of_velocity = rule.learner.response(eta, same, first)
+    lower = same & (jnp.arange(same.shape[0])[:, None] >= jnp.arange(same.shape[0])[None, :])
+    by_token = jnp.diag(lr) if between is None else between * lr
+    if gates.retain is None:
+        kept, of_weights = lower.astype(lr.dtype), None
+    else:
+        spread = (slice(None),) + (None,) * (gates.retain.ndim - 1)
+        retain = jnp.where(live[spread], gates.retain, 1)
+        kept = segment_products(retain, same)
+        of_weights = prefix_products(kept, retain, first)
+    kept = jnp.where(live[(None, slice(None)) + (None,) * (kept.ndim - 2)], kept, 0)
+    if between is None:
+        of_tokens = kept * (lr if kept.ndim == 2 else lr[:, None])
+    else:
+        of_tokens = jnp.einsum("il...,lj->ij...", kept, by_token)
+    of_momentum = None if of_velocity is None else jnp.einsum("il...,l->i...", kept, of_velocity)
+    after = Coefficients(of_weights, of_momentum, of_tokens)
+
+    seen = after if rule.read == "after" else _before(after, first)
+    y = _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, seen, gates.scale)
+
+    end = jax.tree.map(lambda x: x[-1], after)
+    weights = tuple(
+        _updated(end, w, s, x, d, q.dtype)
+        for w, s, x, d in zip(
+            weights, velocity or (None,) * len(weights), inputs, signals, strict=True
+        )
+    )
+    if of_velocity is not None:
+        velocity = tuple(
+            of_velocity[-1] * s - matmul(x.T, by_token[-1][:, None] * d, compute=q.dtype)
+            for s, x, d in zip(velocity, inputs, signals, strict=True)
+        )
+    return y, loss, weights, velocity
+
+
+def _capture(rule, base, slow, k, v):
+    """The key side at W': (loss [C], input X of each linear map, signal D at its output)."""
+    dtype = accumulation_dtype(base[0].dtype)
+
+    def forward(taps):
+        inputs = []
+
+        def linear(i, x):
+            inputs.append(x)
+            return matmul(x, base[i], compute=k.dtype) + taps[i]
+
+        return rule.structure.forward(linear, slow, k.astype(dtype)), tuple(inputs)
+
+    taps = tuple(jnp.zeros((k.shape[0], w.shape[-1]), dtype) for w in base)
+    y, pull_back, inputs = jax.vjp(forward, taps, has_aux=True)
+    v = v.astype(dtype)
+    (signals,) = pull_back(rule.bias.signal(y, v))
+    return rule.bias.loss(y, v), inputs, signals
+
+
+def _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, seen, scale):
+    """M(q_i; W_i) for every i at once, W_i by its coefficients."""
+    compute = q.dtype
+
+    def scaled(gate, x):
+        return x if gate is None else (gate * x if gate.ndim == 2 else gate[:, None] * x)
+
+    def linear(i, x):
+        if seen.of_tokens.ndim == 2:
+            scores = matmul(x, inputs[i].T, compute=compute) * seen.of_tokens
+            by_weights = scaled(seen.of_weights, matmul(x, weights[i], compute=compute))
+        else:
+            scores = jnp.einsum("ik,jk,ijk->ij", x, inputs[i], seen.of_tokens)
+            by_weights = matmul(scaled(seen.of_weights, x), weights[i], compute=compute)
+        z = by_weights - matmul(scores, signals[i], compute=compute)
+        if seen.of_momentum is not None and seen.of_momentum.ndim == 1:
+            z += seen.of_momentum[:, None] * matmul(x, velocity[i], compute=compute)
+        elif seen.of_momentum is not None:
+            z += matmul(seen.of_momentum * x, velocity[i], compute=compute)
+        if scale is not None:
+            anchor = matmul(x, base[i], compute=compute)
+            z = anchor + scale[:, None] * (z - anchor)
+        return z
+
+    return rule.structure.forward(linear, slow, q.astype(accumulation_dtype(base[0].dtype)))
+
+
+def _before(after: Coefficients, first: Bool[Array, " C"]) -> Coefficients:
+    """The coefficients before each token's write: of the row above, or none where a run begins."""
+
+    def shift(x, fill):
+        above = jnp.concatenate([jnp.full_like(x[:1], fill), x[:-1]])
+        return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), fill, above)
+
+    return Coefficients(
+        None if after.of_weights is None else shift(after.of_weights, 1),
+        None if after.of_momentum is None else shift(after.of_momentum, 0),
+        shift(after.of_tokens, 0),
+    )
+
+
+def _updated(end: Coefficients, weight, velocity, x, signal, compute):
+    """One weight after the run's last token."""
+
+    def rows(gate, w):
+        return gate[:, None] * w if gate.ndim else gate * w
+
+    kept = weight if end.of_weights is None else rows(end.of_weights, weight)
+    if end.of_momentum is not None:
+        kept = kept + rows(end.of_momentum, velocity)
+    if end.of_tokens.ndim == 1:
+        return kept - matmul(x.T, end.of_tokens[:, None] * signal, compute=compute)
+    return kept - matmul((end.of_tokens * x).T, signal, compute=compute)
