@@ -22,11 +22,14 @@ quickstart: $(VENV)/.user
 quickstart-smoke: $(VENV)/.user
 	$(RUN) experiments/quickstart.py --config=configs/quickstart.py:smoke
 
+# Workers share compiled programs through .cache/jax.
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) $(PYTEST)
 
 test-all: $(VENV)/.dev
-	$(RUN) -m pytest -m ''
+	$(RUN) $(PYTEST) -m ''
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
