@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["memjax", "pallas_kernels"], "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -21,3 +22,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # The tests compile thousands of small programs and run each for a moment: half the time to compile
 # is worth more to them than the last optimisation. `make quickstart` and the benchmarks have it.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Lets go of a module's programs: a process may map only so many pieces of code at once."""
+    yield
+    jax.clear_caches()
