@@ -34,6 +34,15 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Drops what was compiled here: all tests' programs are more than a process may map."""
+    yield
+    for cached in (layer, compiled):
+        cached.cache_clear()
+    jax.clear_caches()
+
+
 @functools.cache
 def layer(name="titans"):
     """A memory whose every parameter is away from its start, and learns fast."""
