@@ -4,7 +4,7 @@ What:     memory as context (arXiv 2501.00663, section 4.1), byte-level, about 1
 Command:  python experiments/quickstart.py        (the same with a stop, a resume and a sample)
           python experiments/train.py --config=configs/quickstart.py
 Hardware: two CPU cores, a few minutes.
-Result:   README.md, section Quickstart.
+Result:   README.md, section Measured.
 
 Variants: `:smoke` runs in seconds.
 """

@@ -191,7 +191,9 @@ def _stack(build: Callable[[nnx.Rngs], Block], repeats: int, rngs: nnx.Rngs) -> 
     block = nnx.merge(graphdefs[0], values)
     for _, node in nnx.iter_graph(block):
         if isinstance(node, nnx.Param):
-            node.set_metadata(axes=("layers", *node.get_metadata()["axes"]))
+            # A parameter of a plain Flax layer names no axes: every device holds it whole.
+            axes = node.get_metadata().get("axes", (None,) * (node[...].ndim - 1))
+            node.set_metadata(axes=("layers", *axes))
     return block
 
 

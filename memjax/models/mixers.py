@@ -13,6 +13,9 @@ For example:
         return MovingAverage(config.dim, rngs=rngs)
 
     LanguageModelConfig(..., pattern=("average", "transformer"))
+
+Layers of memjax name the logical axes of their parameters, so that meshes can split them;
+parameters of plain Flax layers work too, whole on every device. docs/extending.md has an example.
 """
 
 from flax import nnx
