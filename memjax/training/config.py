@@ -139,12 +139,21 @@ def nearest(key: str, valid: Iterable[str]) -> str:
       `did you mean 'lr'?`, or the list of all valid keys when none is close.
     """
     valid = sorted(valid)
-    # Compare the last parts too: `train.learning` should not be matched by its section alone.
-    close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+    section, _, last = key.rpartition(".")
+    inside = [name for name in valid if name.startswith(section + ".")] if section else valid
+    # In a section that exists the last parts are compared: the section alone makes nothing similar.
+    lasts = {name: name.rpartition(".")[2] for name in inside}
+    similar = difflib.get_close_matches(last, sorted(set(lasts.values())), n=3, cutoff=0.6)
+    short = "".join(word[:1] for word in last.split("_"))
+    if "_" in last and short in lasts.values():  # learning_rate: lr
+        similar.append(short)
+    close = [name for part in similar for name in inside if lasts[name] == part][:3]
+    if inside and section and not close:  # the name of a field of another section
+        close = [name for name in valid if name.rpartition(".")[2] == last]
+    if not close and not (inside and section):
+        close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
-    section = key.rpartition(".")[0]
-    inside = [name for name in valid if name.startswith(section + ".")] if section else valid
     return "valid keys: " + ", ".join(inside or valid)
 
 
