@@ -131,12 +131,24 @@ class Pipeline(grain.DatasetIterator):
             )
         other = {k: (int(state[k]), v) for k, v in self._identity.items() if int(state[k]) != v}
         if other:
-            listed = ", ".join(f"{k} was {was}, is {now}" for k, (was, now) in other.items())
+            listed = ", ".join(self._changed(name, *values) for name, values in other.items())
             raise ValueError(
-                f"the data state belongs to another data order: {listed}; resume with the data "
-                "config of the checkpoint, or begin the data anew by not restoring this state"
+                f"the data are not those that the state was saved with: {listed}. Give the data "
+                "config and files of the checkpoint to go on from it, or begin anew"
             )
         self._parent.set_state({"next_index": int(state["batches"])})
+
+    def _changed(self, name: str, was: int, now: int) -> str:
+        """One entry of the identity in words: two of them are checksums, which say nothing."""
+        s = self.statistics
+        if name == "corpus":
+            return (
+                f"the documents of {s['source']!r} were others (now {s['documents']:,} of "
+                f"{s['bytes']:,} bytes)"
+            )
+        if name == "tokenizer":
+            return f"the tokenizer was another one (now {s['tokenizer']})"
+        return f"{name} was {was}, is {now}"
 
     def reset(self) -> None:
         """Go back to the first batch, for one more pass."""
