@@ -107,10 +107,15 @@ def serve(build: Callable[[dict], tuple[dict, Callable[..., dict]]]) -> None:
         build: `spec -> (info, answer)`, with `answer(**request)` a dict. An ImportError in it is
             reported as a missing package.
     """
+    try:
+        spec = json.loads(sys.argv[1])
+    except (IndexError, json.JSONDecodeError):
+        name = pathlib.Path(sys.argv[0]).name
+        sys.exit(f"{name} is a child process of the benchmarks beside it, which start it; see them")
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not be read as a reply
     try:
-        info, answer = build(json.loads(sys.argv[1]))
+        info, answer = build(spec)
     except ImportError as error:
         replies.write(json.dumps({"missing": str(error)}) + "\n")
         return
