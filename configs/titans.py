@@ -4,7 +4,7 @@ What:     pretraining as in section 5.1 of the paper: context 4096, half a milli
           AdamW at 4e-4 with a cosine and weight decay 0.1; 15B tokens (170M, 340M) or 30B (760M).
 Command:  python experiments/train.py --config=configs/titans.py:mac_340m --config.mesh.fsdp=16 \
               --config.data.tokenizer=tokenizer.json --distributed
-Hardware: a TPU pod slice; which one, and for how long, `python experiments/compile.py` answers.
+Hardware: a TPU pod slice; not measured, so which one and for how long is not known here.
 Result:   not run yet: no number is claimed. The paper's perplexities are of another tokenizer.
 
 Variants: a block (mac, mag, mal, lmm, transformer) and a size (170m, 340m, 760m, 1.3b), such as
