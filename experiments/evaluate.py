@@ -30,13 +30,13 @@ def main() -> int:
     cli.use_compilation_cache(workdir)
     run, step, params = training.load(workdir, CONFIG.value, step=STEP.value)
     result = loop.evaluate(run, params)
-    stretches = report.buckets(result.loss_by_position, result.tokens_by_position, most=16)
+    stretches = report.buckets(result.loss_by_position, result.tokens_by_position)
     if jax.process_index() == 0:
         for name, value in {"step": step, **result.scalars()}.items():
             print(f"{name:<16}{value:.6g}")
-        print(f"\n{'positions':<16}{'loss':<12}tokens")
+        print(f"\n{report.SEEN:<30}{'loss':<12}tokens")
         for first, end, loss, tokens in stretches:
-            print(f"{f'{first} to {end - 1}':<16}{loss:<12.4f}{tokens:.0f}")
+            print(f"{report.seen(first, end):<30}{loss:<12.4f}{tokens:.0f}")
         path = os.path.join(workdir, f"evaluation-{step}.json")
         with open(path, "w", encoding="utf-8") as file:
             content = {"step": step, **result.scalars(), "loss_by_position": stretches}

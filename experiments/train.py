@@ -24,6 +24,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 def main() -> int:
     if DISTRIBUTED.value:
         jax.distributed.initialize()
+    if CONFIG.value is None:
+        raise ValueError(
+            f"give --config=FILE, with its variant after a colon; {cli.configs_there()}"
+        )
     config = CONFIG.value
     workdir = WORKDIR.value or config.workdir
     cli.use_compilation_cache(workdir)
@@ -37,14 +41,17 @@ def main() -> int:
         )
         return EXIT_CODES[summary.stopped]
     result = summary.validation
+    speed = f"; {summary.tokens_per_second:.0f} tokens/s"
+    if summary.resumed == summary.step:
+        print(f"{workdir} was finished already; it was evaluated again and not trained")
+        speed = ""
     print(
         f"step {summary.step}: validation loss {result.loss:.4f},"
-        f" {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f};"
-        f" {summary.tokens_per_second:.0f} tokens/s\nreport: {summary.report}"
+        f" {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f}"
+        f"{speed}\nreport: {summary.report}"
     )
     return 0
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,13 @@ def define_config() -> flags.FlagHolder:
     """Defines `--config` and its overrides, and `--traceback`."""
     flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
     return config_flags.DEFINE_config_file("config", None, HELP)
+
+
+def configs_there() -> str:
+    """The end of an error message: the config files beside the experiments, from here."""
+    folder = pathlib.Path(sys.argv[0]).resolve().parent.parent / "configs"
+    names = sorted(os.path.relpath(path) for path in folder.glob("*.py"))
+    return "there are " + ", ".join(names) if names else "see docs/training.md"
 
 
 def load_config(argument: str) -> ConfigDict:

@@ -2,16 +2,21 @@
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import memjax
+from memjax import data
 from memjax.evaluation import losses, perplexity
 from memjax.evaluation.placement import place
 from memjax.training import metrics as metrics_lib
@@ -78,6 +83,12 @@ def train(
       MismatchError, DamagedError: of `training.checkpoint`.
     """
     run = run_lib.build(config)
+    # What the configuration may get wrong comes first, so that an error leaves nothing behind.
+    _ = run.abstract_state
+    pipeline, validation = run.training_data(), run.validation_data()
+    _say(run, f"{pipeline.describe()}\n{validation.describe()}")
+    if jax.process_index() == 0 and (unfit := held_out_warning(run, pipeline, validation)):
+        logging.warning("%s", unfit)
     os.makedirs(workdir, exist_ok=True)
     checkpoints = Checkpoints(
         run_lib.checkpoint_dir(run.config, workdir),
@@ -87,7 +98,7 @@ def train(
     )
     try:
         with jax.set_mesh(run.mesh), StopSignals() as signals:
-            return _train(run, workdir, checkpoints, signals, until, forward)
+            return _train(run, workdir, checkpoints, signals, until, forward, pipeline, validation)
     except NonFiniteError as error:
         checkpoints.wait()
         steps = checkpoints.steps()
@@ -116,9 +127,8 @@ def _begin(run, checkpoints, pipeline) -> tuple[state_lib.TrainState, int]:
     return state, int(state.step)
 
 
-def _train(run, workdir, checkpoints, signals, until, forward) -> Summary:
+def _train(run, workdir, checkpoints, signals, until, forward, pipeline, held_out) -> Summary:
     began = time.perf_counter()
-    pipeline = run.training_data()
     state, first = _begin(run, checkpoints, pipeline)
     if jax.process_index() == 0:
         with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
@@ -135,9 +145,11 @@ def _train(run, workdir, checkpoints, signals, until, forward) -> Summary:
         run.abstract_state,
         run.mesh,
     )
-    evaluate_params = _evaluator(run)
+    evaluate_params = _evaluator(run, held_out)
     options, total = run.train, run.train.steps
     last = total if until is None else min(until, total)
+    if first < last:
+        _say(run, f"{title(run)}, {devices(run)}; compiling, which the first step waits for")
     meter = metrics_lib.Meter()
     step, stopped, validation = first, None, None
     with metrics_lib.Writer(workdir, first) as writer, _bar(run, first) as bar:
@@ -147,7 +159,9 @@ def _train(run, workdir, checkpoints, signals, until, forward) -> Summary:
             meter.push(step, found)
             if step == first + 1:
                 meter.restart_clock()  # it was compiled
-            bar.update()
+                _restart(bar, step)
+            else:
+                bar.update()
             stopped = signals.received(step)
             ending = step == last or stopped is not None
             save = ending or step % options.checkpoint_every == 0
@@ -197,6 +211,13 @@ def _bar(run: run_lib.Run, first: int) -> tqdm:
     )
 
 
+def _restart(bar: tqdm, step: int) -> None:
+    """Starts the bar's clock at this step: the time before it was not that of steps."""
+    bar.reset()
+    bar.initial = bar.n = bar.last_print_n = step
+    bar.refresh()
+
+
 def _show(bar: tqdm, values: Mapping[str, float]) -> None:
     speed = values.get("tokens_per_second")
     bar.set_postfix_str(
@@ -205,16 +226,13 @@ def _show(bar: tqdm, values: Mapping[str, float]) -> None:
     )
 
 
-def _evaluator(run: run_lib.Run):
+def _evaluator(run: run_lib.Run, pipeline: data.Pipeline):
     """params -> the result on the validation split; compiled once, one pipeline for all passes."""
     step = perplexity.make_step(run.graphdef, run.byte_lengths, run.mesh)
-    pipelines = []
 
     def evaluate(params) -> perplexity.Result:
-        if not pipelines:
-            pipelines.append(run.validation_data())
-        pipelines[0].reset()
-        return perplexity.run(step, params, pipelines[0], mesh=run.mesh)
+        pipeline.reset()
+        return perplexity.run(step, params, pipeline, mesh=run.mesh)
 
     return evaluate
 
@@ -229,7 +247,55 @@ def evaluate(run: run_lib.Run, params: Any) -> perplexity.Result:
     Returns:
       The result over all hosts.
     """
-    return _evaluator(run)(params)
+    return _evaluator(run, run.validation_data())(params)
+
+
+def held_out_warning(
+    run: run_lib.Run, training: data.Pipeline, validation: data.Pipeline
+) -> str | None:
+    """What is odd about the size of the validation split, or None.
+
+    Args:
+      run: of `run.build`.
+      training, validation: its pipelines.
+
+    Returns:
+      A sentence where the held-out share is under a fifth or over five times the
+      `validation_fraction` that was asked for, or where validation has less than four rows.
+    """
+    settings, counts = run.config["data"], validation.statistics
+    remedy = "give --config.data.validation_source=PATH, or more and smaller files"
+    if counts["tokens"] < 4 * counts["context"]:
+        return (
+            f"validation has {counts['bytes']:,} bytes, {counts['tokens']:,} tokens, which is less"
+            f" than four rows of {counts['context']:,}: its loss says little; {remedy}"
+        )
+    if settings["validation_source"] or settings["source"].startswith("hf:"):
+        return None
+    share = counts["bytes"] / (counts["bytes"] + training.statistics["bytes"])
+    asked = settings["validation_fraction"]
+    if asked / 5 <= share <= 5 * asked:
+        return None
+    return (
+        f"validation holds {share:.1%} of the bytes although data.validation_fraction is"
+        f" {asked:.1%}: whole files are held out, and these are few or of unequal size; {remedy}"
+    )
+
+
+def title(run: run_lib.Run) -> str:
+    """The blocks of a model and how many parameters it has."""
+    return f"{'-'.join(run.model.pattern)}, {run.parameters:,} parameters"
+
+
+def devices(run: run_lib.Run) -> str:
+    """How many devices of which kind a run uses."""
+    return f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+
+
+def training_time(summary: Summary) -> str:
+    """The time in the loop, compiling included, and which steps it was for."""
+    since = f", from step {summary.resumed} on" if summary.resumed else ""
+    return f"{summary.seconds:.0f} s{since}"
 
 
 def describe(run: run_lib.Run, summary: Summary) -> dict[str, Any]:
@@ -237,14 +303,21 @@ def describe(run: run_lib.Run, summary: Summary) -> dict[str, Any]:
     result = summary.validation
     numbers = {} if result is None else result.scalars()
     return {
-        "name": f"{'-'.join(run.model.pattern)}, {run.parameters:,} parameters",
+        "name": title(run),
         "parameters": run.parameters,
         "steps": summary.step,
         **{f"validation_{name}": value for name, value in numbers.items()},
-        "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
+        "data": run.config["data"]["source"],
+        "tokenizer": run.tokenizer.name,
+        "seed": run.config["seed"],
+        **({} if summary.resumed == summary.step else {"training_time": training_time(summary)}),
+        "devices": devices(run),
         "mesh": " ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
         "context": run.context,
         "batch": run.train.batch,
+        "memjax": memjax.__version__,
+        "python": platform.python_version(),
         "jax": jax.__version__,
+        "flax": flax.__version__,
         "numpy": np.__version__,
     }

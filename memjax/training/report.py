@@ -13,6 +13,8 @@ from memjax.training import metrics
 
 NO_PLOTS = 'no figures: they need matplotlib; install it with `pip install "memjax[plot]"`'
 
+SEEN = "tokens of the document seen"
+
 
 def _figure():
     """matplotlib's Figure (which draws without a screen), or None when it is not installed."""
@@ -42,7 +44,7 @@ def _loss_curve(figure_type, history, path: str) -> None:
 
 
 def buckets(
-    loss: np.ndarray, count: np.ndarray, most: int = 48
+    loss: np.ndarray, count: np.ndarray, most: int = 16
 ) -> list[tuple[int, int, float, float]]:
     """Loss by position, averaged over stretches that grow with the position.
 
@@ -65,12 +67,20 @@ def buckets(
     return found
 
 
+def seen(first: int, end: int) -> str:
+    """A stretch of `buckets` in words: how many tokens of the document were seen before the target.
+
+    Position p has seen p + 1 tokens, the one that begins the document among them.
+    """
+    return str(end) if end == first + 1 else f"{first + 1}-{end}"
+
+
 def _position_curve(figure_type, stretches, path: str) -> None:
     figure = figure_type(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([(a + b - 1) / 2 + 1 for a, b, *_ in stretches], [x[2] for x in stretches], "o-")
     axes.set(
-        xlabel="tokens of the document seen in this row",
+        xlabel=f"{SEEN} in this row",
         ylabel="loss (nats a token)",
         title="Loss by position in the context (validation)",
         xscale="log",
@@ -140,12 +150,16 @@ def _markdown(summary: dict[str, Any], figures: dict[str, str], stretches) -> st
         return str(value)
 
     lines = [f"# {summary.get('name', 'Run')}", "", "| | |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {text(value)} |" for name, value in summary.items()]
+    lines += [
+        f"| {name.replace('_', ' ')} | {text(value)} |"
+        for name, value in summary.items()
+        if name != "name"
+    ]
     for name, caption in figures.items():
         lines += ["", f"![{caption}]({name})"]
     if not figures:
         lines += ["", NO_PLOTS[0].upper() + NO_PLOTS[1:] + "."]
     if stretches:
-        lines += ["", "| positions | loss (nats a token) | tokens |", "|---|---|---|"]
-        lines += [f"| {a} to {b - 1} | {loss:.4f} | {n:.0f} |" for a, b, loss, n in stretches]
+        lines += ["", f"| {SEEN} | loss (nats a token) | tokens |", "|---|---|---|"]
+        lines += [f"| {seen(a, b)} | {loss:.4f} | {n:.0f} |" for a, b, loss, n in stretches]
     return "\n".join(lines) + "\n"

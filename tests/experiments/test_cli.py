@@ -28,6 +28,9 @@ def flag(name):
         (["--config.train.lrr=1"], r"unknown field --config.train.lrr: did you mean 'train.lr'"),
         (["--config.train.stepps", "3"], r"did you mean 'train.steps'"),
         (["--noconfig.train.resum"], r"did you mean 'train.resume'"),
+        (["--config.train.learning_rate=1"], r"did you mean 'train.lr'\?$"),
+        (["--config.train.dim=8"], r"did you mean 'model.dim'\?$"),
+        (["--config.train.zzzz=8"], r"valid keys: train.accumulate, "),
         (["--config.mash.data=8"], r"did you mean 'mesh.data'"),
         (["--config.model.memory.chunks=8"], r"did you mean 'model.memory.chunk'"),
     ],
@@ -156,6 +159,12 @@ def test_the_whole_way(setting):
     assert text[0].returncode == 0, text[0].stderr
     assert text[0].stdout.startswith("é")
     assert text[0].stdout == text[1].stdout
+    again = script("train.py", config, workdir, "--config.train.progress=true")
+    assert again.returncode == 0, again.stderr
+    assert "was finished already" in again.stdout
+    assert "tokens/s" not in again.stdout
+    assert " validation: " in again.stderr
+    assert "compiling" not in again.stderr
     other = script("evaluate.py", config, workdir, "--config.model.dim=32")
     assert other.returncode == 1
     assert "error: checkpoint" in other.stderr
@@ -170,6 +179,8 @@ def test_the_whole_way(setting):
         (["train.py", "--config.mesh.data=3"], 1, "data=3"),
         (["generate.py", "--workdir=nowhere"], 1, "does not exist: train first"),
         (["evaluate.py"], 1, "give --workdir"),
+        (["train.py"], 1, "titans.py"),
+        (["benchmarks/layer_memjax.py", "--help"], 1, "child process"),
     ],
 )
 def test_errors_are_one_line(setting, arguments, status, message):
@@ -182,7 +193,7 @@ def test_errors_are_one_line(setting, arguments, status, message):
     assert done.stdout == ""
     lines = [x for x in done.stderr.splitlines() if x]
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith("error: ") or name.startswith("benchmarks/")
     assert message in lines[0]
 
 

@@ -105,6 +105,32 @@ def test_other_data_are_refused(straight):
         loop.train({**config, "train": {**config["train"], "batch": 8}}, str(workdir))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": {"source": "nothere/"}}, "'nothere/' does not exist"),
+        ({"train": {"optimizer": "adam"}}, "did you mean 'adamw'"),
+    ],
+)
+def test_an_error_of_the_configuration_leaves_nothing_behind(corpus, tmp_path, fields, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        loop.train(helpers.config(corpus, **fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_odd_share_of_held_out_text_is_told(corpus, tmp_path):
+    def warning(source, **fields):
+        run = run_lib.build(helpers.config(corpus, data={"source": str(source), **fields}))
+        return loop.held_out_warning(run, run.training_data(), run.validation_data())
+
+    assert warning(corpus) is None
+    (tmp_path / "out.txt").write_text("memory " * 3)
+    few = warning(corpus, validation_source=str(tmp_path / "out.txt"))
+    assert few.startswith("validation has 21 bytes, 22 tokens, which is less than four rows of 16")
+    share = warning(corpus, validation_fraction=0.001)
+    assert "holds 7.3% of the bytes although data.validation_fraction is 0.1%" in share
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(corpus, tmp_path):
     config = helpers.config(corpus, train={"log_every": 1})
     loop.train(config, str(tmp_path), until=2)
@@ -231,6 +257,7 @@ def test_stretches_of_positions_average_by_tokens():
     assert [x[:2] for x in stretches] == [(0, 1), (1, 4)]
     assert stretches[1][2] == pytest.approx((2.0 * 3 + 1.0) / 4)
     assert sum(x[3] for x in report.buckets(loss, count)) == 5.0
+    assert [report.seen(*x[:2]) for x in stretches] == ["1", "2-4"]
 
 
 def test_superseded_lines_are_dropped(tmp_path):
