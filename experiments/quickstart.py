@@ -64,6 +64,9 @@ def main() -> int:
         "in all": f"{now - began:.0f} s",
         "report": f"{second.report}/report.md",
     }
+    if second.resumed == second.step:  # the run was there already
+        del lines["training"], lines["speed"]
+        lines["steps"] = f"{step} (finished already; not trained again)"
     print("\n\n== summary")
     for name, value in lines.items():
         print(f"{name:<16}{value}")
