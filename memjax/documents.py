@@ -30,14 +30,15 @@ def starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"]) -> Array:
     `starts[t] = segment_ids[t] != segment_ids[t - 1]`, with `last` before the first token.
 
     Args:
-        segment_ids: [B, T], one id per token.
+        segment_ids: [B, T], one id per token, at least 0: a call that ends on an id of -1 leaves
+            a state that has seen nothing.
         last: [B], the id of the token before; -1 = nothing seen yet, which starts nothing.
 
     Returns:
         Bool [B, T].
     """
-    before = jnp.concatenate([last[:, None], segment_ids[:, :-1]], axis=1)
-    return (segment_ids != before) & (before != -1)
+    first = (segment_ids[:, :1] != last[:, None]) & (last[:, None] != -1)
+    return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
 
 
 def follow(

@@ -126,12 +126,9 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
     Raises:
         ValueError: weights that are not this rule's, or `heads` that contradicts them.
     """
-    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), 2, 2))
-    if len(plain.fast) != len(weights.fast) or plain.slow.keys() != weights.slow.keys():
-        raise ValueError(
-            f"weights hold {len(weights.fast)} fast and {sorted(weights.slow)} slow arrays, but "
-            f"{rule.structure} has {len(plain.fast)} and {sorted(plain.slow)}: use rule.init"
-        )
+    plain = fits(rule, weights.fast, weights.slow)
+    if batch < 1 or (heads is not None and heads < 1):
+        raise ValueError(f"batch {batch} and heads {heads} must be at least 1")
     axes = weights.fast[0].ndim - plain.fast[0].ndim
     if axes not in (0, 1):
         raise ValueError(
@@ -154,6 +151,18 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         begin=begin,
         slow=weights.slow,
     )
+
+
+def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
+    """Raises ValueError where these are not weights of the rule; else the shapes of small ones."""
+    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), 2, 2))
+    if len(plain.fast) != len(fast) or plain.slow.keys() != slow.keys():
+        raise ValueError(
+            f"there are {len(fast)} fast and {sorted(slow)} slow weights, but {rule.structure} has "
+            f"{len(plain.fast)} and {sorted(plain.slow)}: use rule.init and miras.start of this "
+            "rule"
+        )
+    return plain
 
 
 def begin_from(state: State, batch: int) -> State:

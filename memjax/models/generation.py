@@ -71,7 +71,7 @@ def generate(
         raise ValueError(
             f"length {length} must be at least 0 and prefill_chunk {prefill_chunk} at least 1"
         )
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab:
         raise ValueError(f"top_k must be from 1 to the vocabulary's {vocab}, got {top_k}")
@@ -155,6 +155,7 @@ def _step(graphdef, values, state, token, key, sampling):
 def _pick(logits, key, sampling):
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # a tiny temperature stays finite
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]

@@ -243,6 +243,9 @@ def _any_tile(rule, state, carry: Carry, tile: Tile):
             fresh = jnp.any(live, axis=1) & (number == 2)
             carry = _restart(state, carry, fresh)
             group = jnp.where(number == 2, document, 0)
+            # Masks multiply: what is not finite in another run's tokens must not come near.
+            here = live[:, None, :, None]
+            tile = tile._replace(k=jnp.where(here, tile.k, 0), v=jnp.where(here, tile.v, 0))
             y, loss, weights, velocity = _run(rule, state, carry, tile, live, group)
             # Only the last of several new documents goes on.
             own = live & ((number < 2) | (index >= last_start[:, None]))

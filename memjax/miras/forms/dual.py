@@ -36,7 +36,7 @@ def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
         live: [C].
         document: number of the token's document [C]; a new one starts from `weights` again.
     """
-    loss, inputs, signals = _capture(rule, base, slow, k, v)
+    loss, inputs, signals = _capture(rule, base, slow, k, v, compute=q.dtype)
     same = document[:, None] == document[None, :]
     first = jnp.diff(document, prepend=document[:1] - 1) != 0
     lr = jnp.where(live, gates.lr, 0)
@@ -78,7 +78,7 @@ def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
     return y, loss, weights, velocity
 
 
-def _capture(rule, base, slow, k, v):
+def _capture(rule, base, slow, k, v, compute):
     """The key side at W': (loss [C], input X of each linear map, signal D at its output)."""
     dtype = accumulation_dtype(base[0].dtype)
 
@@ -87,7 +87,7 @@ def _capture(rule, base, slow, k, v):
 
         def linear(i, x):
             inputs.append(x)
-            return matmul(x, base[i], compute=k.dtype) + taps[i]
+            return matmul(x, base[i], compute=compute) + taps[i]
 
         return rule.structure.forward(linear, slow, k.astype(dtype)), tuple(inputs)
 

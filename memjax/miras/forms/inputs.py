@@ -1,7 +1,9 @@
 """What every form does to its arguments: checks and dtypes."""
 
+import jax.numpy as jnp
+
 from memjax.miras.precision import accumulation_dtype
-from memjax.miras.rule import Gates, Rule, State
+from memjax.miras.rule import Gates, Rule, State, fits
 from memjax.typing import Array, Float, Int
 
 
@@ -15,6 +17,15 @@ def check(
     segment_ids: Int[Array, "B T"] | None,
 ) -> Gates:
     """Raises ValueError where an argument does not fit; returns the gates in the state's dtype."""
+    fits(rule, state.weights, state.slow)
+    if bool(state.momentum) != rule.learner.needs_momentum:
+        raise ValueError(
+            f"the state {'holds' if state.momentum else 'has no'} momentum, but the rule's learner "
+            f"is {rule.learner}: use a state of miras.start with this rule"
+        )
+    for name, array in (("q", k if q is None else q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {array.dtype}: it must be floating-point")
     batch, heads = state.weights[0].shape[:2]
     if k.ndim != 4 or k.shape[0] != batch or k.shape[2] != heads:
         raise ValueError(

@@ -1,0 +1,62 @@
+"""What the engine refuses, and what it must not let pass from one document to another."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax import documents, miras
+
+BATCH, TIME, HEADS, DIM = 2, 12, 1, 4
+
+
+def scene(rule, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (BATCH, TIME, HEADS, DIM), dtype) for key in keys[:3])
+    gates = miras.Gates(*(jnp.full((BATCH, TIME, HEADS), value) for value in (0.1, 0.5, 0.9)))
+    state = miras.start(rule, rule.init(keys[3], DIM, DIM), BATCH)
+    return state, q, k, v, gates
+
+
+RULE = miras.zoo.titans(depth=1, chunk=4)
+
+
+def test_documents_start_at_every_change_of_id_also_after_a_negative_one():
+    ids = jnp.asarray([[1, 1, -1, -1, 2, 2]])
+    starts = documents.starts(ids, jnp.asarray([-1]))
+    assert starts.tolist() == [[False, False, True, False, True, False]]
+    assert documents.starts(ids, jnp.asarray([3]))[0, 0]
+
+
+def test_what_is_not_finite_stays_in_its_document():
+    state, q, k, v, gates = scene(RULE)
+    ids = jnp.asarray([[1] * 6 + [2] * 6] * BATCH)
+    spoilt = v.at[:, 5].set(jnp.nan)
+    run = jax.jit(lambda v: miras.chunkwise(RULE, state, q, k, v, gates, segment_ids=ids))
+    whole, _ = run(v)
+    y, after = run(spoilt)
+    assert bool(jnp.all(jnp.isnan(y[:, 5])))
+    assert jnp.array_equal(y[:, 6:], whole[:, 6:])
+    assert all(bool(jnp.all(jnp.isfinite(w))) for w in after.weights)
+
+
+def test_forms_agree_where_queries_are_narrower_than_keys():
+    state, q, k, v, gates = scene(RULE)
+    q = q.astype(jnp.bfloat16)
+    y, _ = miras.chunkwise(RULE, state, q, k, v, gates)
+    definition, _ = miras.recurrent(RULE, state, q, k, v, gates)
+    assert jnp.max(jnp.abs(y - definition)) < 0.05
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+def test_states_of_another_rule_and_integers_are_refused(form):
+    state, q, k, v, gates = scene(RULE)
+    with pytest.raises(ValueError, match="momentum"):
+        form(miras.zoo.ttt_linear(), state, q, k, v, miras.Gates(gates.lr))
+    with pytest.raises(ValueError, match="slow weights"):
+        form(miras.zoo.titans(depth=1, norm=False, residual=False), state, q, k, v, gates)
+    with pytest.raises(ValueError, match="fast"):
+        form(miras.zoo.titans(depth=2), state, q, k, v, gates)
+    with pytest.raises((ValueError, TypeError)):  # in tests the type check comes first
+        form(RULE, state, q.astype(int), k, v, gates)
+    with pytest.raises(ValueError, match="heads 0"):
+        miras.start(RULE, RULE.init(jax.random.key(0), DIM, DIM), BATCH, heads=0)
