@@ -8,6 +8,7 @@ and the file that is stored beside the results says everything.
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -248,7 +249,14 @@ def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         values[name] = _merge(defaults, given.get(name, {}))
     values["seed"] = given.get("seed", 0)
     values["workdir"] = given.get("workdir", "runs/default")
-    return _overridable(values)
+    config = _overridable(values)
+    for name, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            # A flag takes the type of the value that is there; None would not be of it.
+            if type(None) in typing.get_args(field.type) and values[name][field.name] is not None:
+                value = config_dict.FieldReference(values[name][field.name], field_type=object)
+                config[name][field.name] = value
+    return config
 
 
 def difference(saved: Any, current: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -52,11 +52,12 @@ def _shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
         # optax.masked leaves variables without an array, for which there is nothing to place.
         return sharding.shardings(leaf, mesh) if jax.tree.leaves(leaf) else leaf
 
+    params = sharding.shardings(shapes.params, mesh)  # first: its errors name the parameter
     return jax.tree.map(
         place,
         shapes._replace(params=None),
         is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )._replace(params=sharding.shardings(shapes.params, mesh))
+    )._replace(params=params)
 
 
 def abstract(

@@ -62,7 +62,7 @@ def test_a_mesh_that_does_not_divide_is_named(corpus):
         run_lib.build(helpers.config(corpus, mesh={"data": 8})).training_data()
     with pytest.raises(ValueError, match=r"train.context = 16 tokens .* mesh.sequence = 3"):
         run_lib.build(helpers.config(corpus, mesh={"data": 1, "sequence": 3})).training_data()
-    with pytest.raises(ValueError, match=r"'heads', size 2.* tensor of size 4"):
+    with pytest.raises(ValueError, match=r"parameter \[.*'heads', size 2.* tensor of size 4"):
         _ = run_lib.build(helpers.config(corpus, mesh={"data": 1, "tensor": 4})).abstract_state
 
 
