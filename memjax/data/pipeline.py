@@ -134,7 +134,8 @@ class Pipeline(grain.DatasetIterator):
             listed = ", ".join(self._changed(name, *values) for name, values in other.items())
             raise ValueError(
                 f"the data are not those that the state was saved with: {listed}. Give the data "
-                "config and files of the checkpoint to go on from it, or begin anew"
+                "config and files of the checkpoint to go on from it, or begin anew in another "
+                "--workdir"
             )
         self._parent.set_state({"next_index": int(state["batches"])})
 

@@ -24,7 +24,7 @@ HELP = (
 )
 USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
+    OSError,
     ImportError,
     MismatchError,
     DamagedError,

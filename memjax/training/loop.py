@@ -29,7 +29,8 @@ from memjax.training.signals import StopSignals
 
 ADVICE = (
     "Try a lower --config.train.lr, a longer --config.train.warmup, a smaller --config.train.clip"
-    " or --config.model.dtype=float32"
+    " or --config.model.dtype=float32; if it stops at the same step again, that checkpoint may be"
+    " ruined already: begin anew in another --workdir"
 )
 
 

@@ -177,6 +177,7 @@ def test_the_whole_way(setting):
     [
         (["train.py", "--config.train.lrr=1"], 2, "did you mean 'train.lr'"),
         (["train.py", "--config.mesh.data=3"], 1, "data=3"),
+        (["train.py", "--workdir=FILE", "--config.train.clip=None"], 1, "File exists"),
         (["generate.py", "--workdir=nowhere"], 1, "does not exist: train first"),
         (["evaluate.py"], 1, "give --workdir"),
         (["train.py"], 1, "titans.py"),
@@ -188,6 +189,7 @@ def test_errors_are_one_line(setting, arguments, status, message):
     name, *rest = arguments
     if any(x.startswith("--config.") for x in rest):
         rest = [f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'unused'}", *rest]
+    rest = [x.replace("FILE", str(folder / "tiny.py")) for x in rest]
     done = script(name, *rest)
     assert done.returncode == status
     assert done.stdout == ""
