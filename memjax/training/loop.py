@@ -25,6 +25,7 @@ from memjax.training import run as run_lib
 from memjax.training import state as state_lib
 from memjax.training import step as step_lib
 from memjax.training.checkpoint import Checkpoints, NonFiniteError
+from memjax.training.lock import exclusive
 from memjax.training.signals import StopSignals
 
 ADVICE = (
@@ -91,6 +92,11 @@ def train(
     if jax.process_index() == 0 and (unfit := held_out_warning(run, pipeline, validation)):
         logging.warning("%s", unfit)
     os.makedirs(workdir, exist_ok=True)
+    with exclusive(workdir):
+        return _train_from_checkpoints(run, workdir, until, forward, pipeline, validation)
+
+
+def _train_from_checkpoints(run, workdir, until, forward, pipeline, validation) -> Summary:
     checkpoints = Checkpoints(
         run_lib.checkpoint_dir(run.config, workdir),
         identity=run.identity,
