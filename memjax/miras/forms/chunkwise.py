@@ -116,8 +116,8 @@ def trace(
     Args:
         aligned: the caller's promise that chunks and documents begin at multiples of `block` in
             this call, if they begin in it at all, the first of its tokens being such a place; what
-            is for any other place is then not compiled. A promise that is broken gives wrong
-            results. All other arguments are those of `chunkwise`.
+            is for any other place is then not compiled (where `block` divides the chunk). A promise
+            that is broken gives wrong results. All other arguments are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
     if block is None:
@@ -125,6 +125,7 @@ def trace(
     if not 1 <= block <= rule.chunk:
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     length = k.shape[1]
+    aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
     tiles = _tiles(state, q, k, v, gates, segment_ids, block)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
