@@ -6,7 +6,7 @@ Command:  python experiments/compare.py        (all of them, three seeds each, a
           python experiments/train.py --config=configs/compare.py:mac --config.seed=1 \
               --workdir=runs/compare/mac-1
 Hardware: two CPU cores, a few minutes each.
-Result:   docs/performance.md.
+Result:   the table that the first command prints; not measured in full yet.
 
 Variants: `:mac`, `:mag`, `:mal`, `:lmm`, `:transformer`, and each with `_smoke` for a run of
 seconds; `:smoke` is `:mac_smoke`.
