@@ -141,16 +141,7 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (copies, *w.shape)), weights)
     weights = jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
     begin = Begin(weights.fast, rule.learner.start(weights.fast))
-    rows = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), begin)
-    return State(
-        base=rows.weights,
-        weights=rows.weights,
-        momentum=rows.momentum,
-        place=jnp.zeros(batch, jnp.int32),
-        segment=jnp.full(batch, -1, jnp.int32),
-        begin=begin,
-        slow=weights.slow,
-    )
+    return _at(begin, weights.slow, batch)
 
 
 def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
@@ -180,6 +171,11 @@ def begin_from(state: State, batch: int) -> State:
     if state.place.shape[0] != 1:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
     begin = jax.tree.map(lambda w: w[0], Begin(state.weights, state.momentum))
+    return _at(begin, state.slow, batch)
+
+
+def _at(begin: Begin, slow: dict[str, Array], batch: int) -> State:
+    """Every row at the beginning of a document, nothing seen."""
     rows = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), begin)
     return State(
         base=rows.weights,
@@ -188,5 +184,5 @@ def begin_from(state: State, batch: int) -> State:
         place=jnp.zeros(batch, jnp.int32),
         segment=jnp.full(batch, -1, jnp.int32),
         begin=begin,
-        slow=state.slow,
+        slow=slow,
     )

@@ -44,7 +44,7 @@ def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
     # Tokens that are not live keep the weights and add no momentum to them.
     between, of_velocity = rule.learner.response(eta, same, first)
     lower = same & (jnp.arange(same.shape[0])[:, None] >= jnp.arange(same.shape[0])[None, :])
-    by_token = jnp.diag(lr) if between is None else between * lr
+    by_token = None if between is None else between * lr
     if gates.retain is None:
         kept, of_weights = lower.astype(lr.dtype), None
     else:
