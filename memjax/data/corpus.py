@@ -40,8 +40,16 @@ class Corpus:
         return self.store[at + start : at + stop]
 
     def fingerprint(self) -> int:
-        """A number below 2**31 that another corpus is unlikely to have (from all lengths)."""
-        return zlib.crc32(np.ascontiguousarray(self.lengths, np.int64).tobytes()) & 0x7FFFFFFF
+        """A number below 2**31 that another corpus is unlikely to have.
+
+        It is made of all lengths and of the first tokens of up to 1024 documents.
+        """
+        value = zlib.crc32(np.ascontiguousarray(self.lengths, np.int64).tobytes())
+        count = len(self.lengths)
+        for document in range(0, count, max(1, -(-count // 1024))):
+            head = self.read(document, 0, min(256, int(self.lengths[document])))
+            value = zlib.crc32(np.ascontiguousarray(head, np.int64).tobytes(), value)
+        return value & 0x7FFFFFFF
 
 
 def load_corpus(

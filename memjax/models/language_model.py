@@ -99,7 +99,7 @@ class LanguageModel(nnx.Module):
         """Logits of the token after each token: `head(hidden(tokens))`.
 
         Args:
-            tokens: [B, T], ids below `config.vocab`.
+            tokens: [B, T], ids below `config.vocab`; any other gives NaN from there on.
             state: of the tokens before; None: there are none. Splitting a sequence anywhere and
                 carrying the state changes nothing.
             segment_ids: [B, T], which document each token belongs to; documents do not see one
@@ -138,7 +138,10 @@ class LanguageModel(nnx.Module):
             seen = positions[:, -1] + 1
 
         table = constrain_params(self.embedding)[...]
-        x = constrain(table[tokens].astype(self.config.dtype), RESIDUAL)
+        known = (tokens >= 0) & (tokens < self.config.vocab)
+        # Not the nearest row, which would be silent: the loss of a wrong id is not a number.
+        x = jnp.where(known[..., None], table[tokens], jnp.nan)
+        x = constrain(x.astype(self.config.dtype), RESIDUAL)
         split = [nnx.split(module) for module in self.blocks]
         graphdefs = [graphdef for graphdef, _ in split]
 

@@ -213,6 +213,7 @@ class Checkpoints:
 
 def _reading(where: str, read) -> Any:
     """`read()`, with every error that damaged files can cause turned into a `DamagedError`."""
+    _silence_late_reads()
     try:
         return read()
     except (MismatchError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -223,11 +224,28 @@ def _reading(where: str, read) -> Any:
     raise DamagedError(f"{where} is damaged ({summary})")
 
 
-def _forget_pending_reads() -> None:
-    """Frees the reads that Orbax leaves unfinished when one of them fails.
+# When one read fails, Orbax closes its event loop under those that are still under way. Each of
+# them would print a traceback, long after the one line that matters: the threads that read, when
+# they find the loop closed, and the tasks that waited for them, when they are freed.
 
-    Freed at some later time, each would print a traceback, long after the one line that matters.
-    """
+
+def _silence_late_reads() -> None:
+    """From now on, nothing is printed of a read that finds its event loop closed."""
+    before = sys.unraisablehook
+    if getattr(before, "silences_late_reads", False):
+        return
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.silences_late_reads = True
+    sys.unraisablehook = hook
+
+
+def _forget_pending_reads() -> None:
+    """Frees now, and without a word, the tasks of reads that will not end."""
     asyncio_log = logging.getLogger("asyncio")
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     disabled, asyncio_log.disabled = asyncio_log.disabled, True

@@ -186,6 +186,17 @@ def join(shares):
     ]
 
 
+def test_state_of_another_text_of_the_same_lengths_is_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a memory of a memory " * 100)
+    config = {"source": str(path), "validation_source": str(path), "tokenizer": "byte"}
+    state = make(config).get_state()
+    path.write_text("a memory of a mammal " * 100)
+    with pytest.raises(ValueError, match="were others"):
+        make(config).set_state(state)
+
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_every_batch(config, split, count):

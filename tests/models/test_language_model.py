@@ -245,6 +245,15 @@ def test_errors_name_shapes():
         model(tokens_of(), model.start(3))
 
 
+@pytest.mark.parametrize("wrong", [32, 10**6, -1, -33])
+def test_an_id_outside_the_vocabulary_is_loud(wrong):
+    tokens = tokens_of().at[1, 5].set(wrong)
+    logits = jax.jit(lambda model, tokens: model(tokens)[0])(model_of(), tokens)
+    assert jnp.isnan(logits[1, 5:]).all()
+    assert jnp.isfinite(logits[0]).all()
+    assert jnp.isfinite(logits[1, :5]).all()
+
+
 def test_one_compilation_serves_equal_configs():
     assert hash(nnx.split(model_of(0))[0]) == hash(nnx.split(model_of(1))[0])
     assert nnx.split(model_of(0))[0] == nnx.split(model_of(1))[0]

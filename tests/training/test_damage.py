@@ -1,25 +1,16 @@
 """Damaged checkpoints: named, refused, never lost, and set aside when told."""
 
-import gc
 import os
 import pathlib
 import shutil
+import sys
+import types
 
 import pytest
 
 from memjax.training import checkpoint
 from memjax.training.checkpoint import DamagedError
 from tests.training import helpers
-
-# When one read fails, Orbax closes its event loop under the others that are still under
-# way; each of these then reports, from a thread of TensorStore, that the loop is closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collect_garbage():
-    yield
-    gc.collect()
 
 
 def files(folder, step):
@@ -141,3 +132,17 @@ def test_damaged_parameters_are_refused(saved, corpus):
     damage_all(truncate, folder, 2)
     with pytest.raises(DamagedError, match="checkpoints/2 is damaged"):
         checkpoint.read_params(str(folder), run.abstract_params, identity=run.identity)
+
+
+def test_a_read_that_ends_too_late_says_nothing(saved, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    run, folder = saved
+    helpers.open_checkpoints(run, folder).restore(run.abstract_state)
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "something else")
+    )
+    for event in (late, other):
+        sys.unraisablehook(event)
+    assert heard == [other]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from memjax import documents
 from memjax.miras.forms import dual
 from memjax.miras.forms.inputs import check
-from memjax.miras.forms.remat import grouped_scan
+from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Rule, State
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
@@ -67,8 +67,9 @@ def chunkwise(
             continue the document of the state.
         block: tile size, at most the chunk (default: the chunk, at most 128); only speed.
         implementation: "xla", or None for the platform's best (here also "xla").
-        remat: tiles per group of recomputation in the backward pass: None = about the square root
-            of their number (memory grows with sqrt(T) states), 0 = recompute nothing.
+        remat: tiles per group of recomputation in the backward pass, which holds one state a group
+            and what one group computes: None = as few as keep those states within 8 times the size
+            of keys and values (memory is linear in T), 0 = recompute nothing.
     Returns:
         (y [B, T, H, V] in q's dtype, the state after the last token)
     Raises:
@@ -127,25 +128,23 @@ def trace(
     length = k.shape[1]
     aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
+    if remat is None:
+        remat = _default_group(state, block)
     tiles = _tiles(state, q, k, v, gates, segment_ids, block)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
     def by_tile(carry, tiles):
-        def body(carry, tile):
-            if segment_ids is not None:
-                carry = _restart(state, carry, tile.starts[:, 0])
-            if block < rule.chunk:
-                return _tile_of_chunk(rule, state, carry, tile)
-            return _whole_chunk(rule, state, carry, tile)
+        def run(carry, tiles):
+            return _run_tiles(rule, state, carry, tiles, restarts=segment_ids is not None)
 
-        carry, outputs = grouped_scan(body, carry, tiles, group=remat)
-        return _settle(rule, carry), outputs
+        carry, outputs = in_groups(run, carry, tiles, group=remat)
+        return (_settle(rule, carry) if block == rule.chunk else carry), outputs
 
     def anywhere(carry, tiles):
-        def body(carry, tile):
-            return _any_tile(rule, state, carry, tile)
+        def run(carry, tiles):
+            return jax.lax.scan(lambda c, tile: _any_tile(rule, state, c, tile), carry, tiles)
 
-        return grouped_scan(body, carry, tiles, group=remat)
+        return in_groups(run, carry, tiles, group=remat)
 
     if length == 1 or aligned:
         carry, (y, loss) = by_tile(carry, tiles)
@@ -164,6 +163,14 @@ def _default_block(chunk: int, most: int = 128) -> int:
     """The largest divisor of the chunk that is at most 128 (or, where that is small, just 128)."""
     divisor = max(d for d in range(1, min(chunk, most) + 1) if chunk % d == 0)
     return divisor if 2 * divisor > min(chunk, most) else min(chunk, most)
+
+
+def _default_group(state: State, block: int, most: int = 8, least: int = 16) -> int:
+    """Tiles a group, so that its state is at most 8 times the keys and values of its tokens."""
+    weights, fast = state.weights, (state.weights, state.momentum)
+    held = sum(leaf[0, 0].size for leaf in jax.tree.leaves(fast))
+    a_token = weights[0].shape[-2] + weights[-1].shape[-1]
+    return max(-(-held // (most * block * a_token)), -(-least // block))
 
 
 def _tiles(state, q, k, v, gates, segment_ids, block) -> Tile:
@@ -197,23 +204,43 @@ def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
     return jnp.where(begun < 0, state.place[:, None] + index, index - begun) % rule.chunk
 
 
-def _tile_of_chunk(rule, state, carry: Carry, tile: Tile):
-    """A tile inside a chunk."""
-    flat = jnp.zeros_like(tile.live, jnp.int32)
-    y, loss, weights, velocity = _run(rule, state, carry, tile, tile.live, flat)
-    return _close(rule, carry, weights, velocity, tile, tile.live), (y, loss)
+def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
+    """Tiles that hold a boundary at their first token, if any: only their writes wait for another.
+
+    The gates are put together for all of them before, and all read after, at the weights that each
+    has found: large operations, and few in the loop.
+    """
+    over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
+    plans = jax.vmap(jax.vmap(over_heads))(
+        tiles.gates, tiles.live, jnp.zeros_like(tiles.live, jnp.int32)
+    )
+    whole = tiles.live.shape[2] == rule.chunk
+
+    def step(carry: Carry, now):
+        tile, plan = now
+        if restarts:
+            carry = _restart(state, carry, tile.starts[:, 0])
+        if whole:
+            carry = carry._replace(base=carry.weights)
+        loss, inputs, signals, weights, velocity = _write(rule, state, carry, tile, plan)
+        found = (carry.base, carry.weights, carry.momentum)
+        y = _read(rule, state, *found, tile, inputs, signals, plan)
+        if whole:
+            carry = _chunk_end(carry, weights, velocity, tile)
+        else:
+            carry = _close(rule, carry, weights, velocity, tile, tile.live)
+        return carry, (y, loss)
+
+    return jax.lax.scan(step, carry, (tiles, plans))
 
 
-def _whole_chunk(rule, state, carry: Carry, tile: Tile):
-    """A tile that is a chunk, or what there is of the last one: `_settle` tells them apart."""
-    carry = carry._replace(base=carry.weights)
-    flat = jnp.zeros_like(tile.live, jnp.int32)
-    y, loss, weights, velocity = _run(rule, state, carry, tile, tile.live, flat)
+def _chunk_end(carry: Carry, weights, velocity, tile: Tile) -> Carry:
+    """After a chunk, or what there is of the last one: `_settle` tells them apart."""
     if tile.gates.scale is not None:
         scale = jnp.where(tile.live[:, None, -1], tile.gates.scale[:, :, -1], 1)[..., None, None]
         weights = jax.tree.map(lambda b, w: b + scale * (w - b), carry.base, weights)
     place = jnp.sum(tile.live, axis=1, dtype=carry.place.dtype)
-    return Carry(carry.base, weights, velocity, place), (y, loss)
+    return Carry(carry.base, weights, velocity, place)
 
 
 def _settle(rule, carry: Carry) -> Carry:
@@ -291,16 +318,33 @@ def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
 
 
 def _run(rule, state: State, carry: Carry, tile: Tile, live, document):
-    """`dual.run` over rows and heads: (y [B,H,C,V], loss [B,H,C], weights, momentum)."""
+    """One run over rows and heads: (y [B,H,C,V], loss [B,H,C], weights, momentum)."""
+    over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
+    plan = jax.vmap(over_heads)(tile.gates, live, document)
+    loss, inputs, signals, weights, velocity = _write(rule, state, carry, tile, plan)
+    found = (carry.base, carry.weights, carry.momentum)
+    return _read(rule, state, *found, tile, inputs, signals, plan), loss, weights, velocity
 
-    # Keep the products for the backward pass, compute what lies between them again.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-    def head(base, weights, velocity, slow, q, k, v, gates, live, document):
-        return dual.run(rule, base, weights, velocity, slow, q, k, v, gates, live, document)
 
-    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None))
-    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0, 0, 0, 0, 0, 0))
+# In the backward pass, products are kept and what lies between them is computed again.
+_keep_products = functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
+)
+
+
+def _write(rule, state: State, carry: Carry, tile: Tile, plan: dual.Plan):
+    """`dual.write` over rows and heads."""
+    head = _keep_products(functools.partial(dual.write, rule))
+    over_heads = jax.vmap(head)
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0, 0, 0))
+    return over_rows(carry.base, carry.weights, carry.momentum, state.slow, tile.k, tile.v, plan)
+
+
+def _read(rule, state: State, base, weights, velocity, tile: Tile, inputs, signals, plan):
+    """`dual.read` over rows and heads."""
+    head = _keep_products(functools.partial(dual.read, rule))
+    over_heads = jax.vmap(head)
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0, 0, 0, 0, 0))
     return over_rows(
-        carry.base, carry.weights, carry.momentum, state.slow,
-        tile.q, tile.k, tile.v, tile.gates, live, document,
-    )  # fmt: skip
+        base, weights, velocity, state.slow, tile.q, inputs, signals, plan, tile.gates.scale
+    )

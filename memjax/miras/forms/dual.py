@@ -6,6 +6,9 @@ Inside a chunk all gradients are taken at the same weights W', so token i reads
 
 with X_j its input and D_j the signal at its output on the key side, both at W'. A linear map of the
 query side is then three products: with W, with S, and with D under the masked scores Xq X^T.
+
+A run has three steps: `plan` needs the gates only, `write` is what one run must wait for another
+with, and `read` may come at any time after it.
 """
 
 from typing import NamedTuple
@@ -18,25 +21,30 @@ from memjax.miras.products import prefix_products, segment_products
 from memjax.typing import Array, Bool, Float
 
 
-class Coefficients(NamedTuple):
-    """How much of W, of S and of each token's gradient is in the weights after each token."""
+class Mixture(NamedTuple):
+    """Weights as a sum: `of_weights W + of_momentum S + sum_j of_tokens[j] X_j^T D_j`."""
 
-    of_weights: Float[Array, "C *K"] | None  # beta; None = 1
-    of_momentum: Float[Array, "C *K"] | None  # f; None = no momentum
-    of_tokens: Float[Array, "C C *K"]  # G
+    of_weights: Float[Array, "*C"] | None  # beta; None = 1
+    of_momentum: Float[Array, "*C"] | None  # f; None = no momentum
+    of_tokens: Float[Array, "*C"]  # -G
 
 
-def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
-    """One run of one head: tokens that are not `live` change nothing.
+class Plan(NamedTuple):
+    """What the gates of a run say about it: nothing here depends on weights, keys or values."""
+
+    reads: Mixture  # at which each token reads: [C, *K], [C, *K], [C, C, *K]
+    weights: Mixture  # after the run: [*K], [*K], [C, *K]
+    momentum: Mixture | None  # after the run, `of_weights` None standing for 0
+
+
+def plan(rule, gates, live, document) -> Plan:
+    """The coefficients of a run of one head: tokens that are not `live` change nothing.
 
     Args:
-        base: weights at which gradients are taken; weights, velocity: those to go on from.
-        q, k, v: [C, K], [C, K], [C, V].
         gates: each [C] (retain also [C, K]).
         live: [C].
-        document: number of the token's document [C]; a new one starts from `weights` again.
+        document: number of the token's document [C]; a new one starts from the run's weights again.
     """
-    loss, inputs, signals = _capture(rule, base, slow, k, v, compute=q.dtype)
     same = document[:, None] == document[None, :]
     first = jnp.diff(document, prepend=document[:1] - 1) != 0
     lr = jnp.where(live, gates.lr, 0)
@@ -44,7 +52,7 @@ def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
     # Tokens that are not live keep the weights and add no momentum to them.
     between, of_velocity = rule.learner.response(eta, same, first)
     lower = same & (jnp.arange(same.shape[0])[:, None] >= jnp.arange(same.shape[0])[None, :])
-    by_token = None if between is None else between * lr
+    by_token = None if between is None else -between * lr
     if gates.retain is None:
         kept, of_weights = lower.astype(lr.dtype), None
     else:
@@ -54,28 +62,48 @@ def run(rule, base, weights, velocity, slow, q, k, v, gates, live, document):
         of_weights = prefix_products(kept, retain, first)
     kept = jnp.where(live[(None, slice(None)) + (None,) * (kept.ndim - 2)], kept, 0)
     if between is None:
-        of_tokens = kept * (lr if kept.ndim == 2 else lr[:, None])
+        of_tokens = -kept * (lr if kept.ndim == 2 else lr[:, None])
     else:
         of_tokens = jnp.einsum("il...,lj->ij...", kept, by_token)
     of_momentum = None if of_velocity is None else jnp.einsum("il...,l->i...", kept, of_velocity)
-    after = Coefficients(of_weights, of_momentum, of_tokens)
-
-    seen = after if rule.read == "after" else _before(after, first)
-    y = _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, seen, gates.scale)
-
-    end = jax.tree.map(lambda x: x[-1], after)
-    weights = tuple(
-        _updated(end, w, s, x, d, q.dtype)
-        for w, s, x, d in zip(
-            weights, velocity or (None,) * len(weights), inputs, signals, strict=True
-        )
+    after = Mixture(of_weights, of_momentum, of_tokens)
+    return Plan(
+        after if rule.read == "after" else _before(after, first),
+        jax.tree.map(lambda x: x[-1], after),
+        None if of_velocity is None else Mixture(None, of_velocity[-1], by_token[-1]),
     )
-    if of_velocity is not None:
-        velocity = tuple(
-            of_velocity[-1] * s - matmul(x.T, by_token[-1][:, None] * d, compute=q.dtype)
-            for s, x, d in zip(velocity, inputs, signals, strict=True)
-        )
-    return y, loss, weights, velocity
+
+
+def write(rule, base, weights, velocity, slow, k, v, plan: Plan):
+    """Learns a run of one head: (loss [C], inputs, signals, weights, momentum).
+
+    Args:
+        base: weights at which gradients are taken; weights, velocity: those to go on from.
+        k, v: [C, K], [C, V].
+        plan: of these tokens.
+    """
+    compute = k.dtype
+    loss, inputs, signals = _capture(rule, base, slow, k, v, compute)
+
+    def learned(of_tokens, x, d):
+        if of_tokens.ndim == 1:
+            return matmul(x.T, of_tokens[:, None] * d, compute=compute)
+        return matmul((of_tokens * x).T, d, compute=compute)
+
+    def rows(gate, w):
+        return w if gate is None else (gate[:, None] * w if gate.ndim else gate * w)
+
+    new_weights, new_velocity = [], []
+    for w, s, x, d in zip(
+        weights, velocity or (None,) * len(weights), inputs, signals, strict=True
+    ):
+        kept = rows(plan.weights.of_weights, w)
+        if plan.momentum is not None:
+            kept = kept + rows(plan.weights.of_momentum, s)
+            learned_momentum = learned(plan.momentum.of_tokens, x, d)
+            new_velocity.append(rows(plan.momentum.of_momentum, s) + learned_momentum)
+        new_weights.append(kept + learned(plan.weights.of_tokens, x, d))
+    return loss, inputs, signals, tuple(new_weights), tuple(new_velocity)
 
 
 def _capture(rule, base, slow, k, v, compute):
@@ -98,9 +126,17 @@ def _capture(rule, base, slow, k, v, compute):
     return rule.bias.loss(y, v), inputs, signals
 
 
-def _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, seen, scale):
-    """M(q_i; W_i) for every i at once, W_i by its coefficients."""
-    compute = q.dtype
+def read(rule, base, weights, velocity, slow, q, inputs, signals, plan: Plan, scale):
+    """M(q_i; W_i) for every token i of a run at once [C, V], W_i by its coefficients.
+
+    Args:
+        base, weights, velocity: as for `write`, before the run.
+        q: [C, K].
+        inputs, signals: of `write`.
+        plan: of these tokens.
+        scale: `Gates.scale` [C] or None.
+    """
+    compute, seen = q.dtype, plan.reads
 
     def scaled(gate, x):
         return x if gate is None else (gate * x if gate.ndim == 2 else gate[:, None] * x)
@@ -112,7 +148,7 @@ def _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, see
         else:
             scores = jnp.einsum("ik,jk,ijk->ij", x, inputs[i], seen.of_tokens)
             by_weights = matmul(scaled(seen.of_weights, x), weights[i], compute=compute)
-        z = by_weights - matmul(scores, signals[i], compute=compute)
+        z = by_weights + matmul(scores, signals[i], compute=compute)
         if seen.of_momentum is not None and seen.of_momentum.ndim == 1:
             z += seen.of_momentum[:, None] * matmul(x, velocity[i], compute=compute)
         elif seen.of_momentum is not None:
@@ -125,29 +161,15 @@ def _corrected_read(rule, base, weights, velocity, slow, q, inputs, signals, see
     return rule.structure.forward(linear, slow, q.astype(accumulation_dtype(base[0].dtype)))
 
 
-def _before(after: Coefficients, first: Bool[Array, " C"]) -> Coefficients:
+def _before(after: Mixture, first: Bool[Array, " C"]) -> Mixture:
     """The coefficients before each token's write: of the row above, or none where a run begins."""
 
     def shift(x, fill):
         above = jnp.concatenate([jnp.full_like(x[:1], fill), x[:-1]])
         return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), fill, above)
 
-    return Coefficients(
+    return Mixture(
         None if after.of_weights is None else shift(after.of_weights, 1),
         None if after.of_momentum is None else shift(after.of_momentum, 0),
         shift(after.of_tokens, 0),
     )
-
-
-def _updated(end: Coefficients, weight, velocity, x, signal, compute):
-    """One weight after the run's last token."""
-
-    def rows(gate, w):
-        return gate[:, None] * w if gate.ndim else gate * w
-
-    kept = weight if end.of_weights is None else rows(end.of_weights, weight)
-    if end.of_momentum is not None:
-        kept = kept + rows(end.of_momentum, velocity)
-    if end.of_tokens.ndim == 1:
-        return kept - matmul(x.T, end.of_tokens[:, None] * signal, compute=compute)
-    return kept - matmul((end.of_tokens * x).T, signal, compute=compute)

@@ -1,4 +1,4 @@
-"""A scan whose backward pass recomputes inside groups, so that few states are held at once."""
+"""Sequences whose backward pass recomputes inside groups, so that few states are held at once."""
 
 import math
 from collections.abc import Callable
@@ -28,28 +28,25 @@ def group_size(length: int, group: int | None = None) -> int:
     return min(fits, key=lambda g: abs(g - root), default=math.ceil(root))
 
 
-def grouped_scan(
-    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None
+def in_groups(
+    run: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None
 ) -> tuple[PyTree, PyTree]:
-    """`jax.lax.scan(step, carry, xs)`, saving for the backward pass one carry a group.
+    """Runs a sequence group by group, saving for the backward pass one carry a group.
 
     Args:
-        step: `(carry, x) -> (carry, y)`.
+        run: `(carry, xs) -> (carry, ys)` over the steps of a group, xs and ys with a leading axis.
         carry: the first carry.
         xs: inputs, with one leading axis.
         group: steps per group; None = near the square root of the length (a few steps are all
-            saved), 0 = save every step.
+            saved), 0 = groups of that size, and everything saved.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
-    size = group_size(length, group)
-    if size == length and group != length:
-        return jax.lax.scan(step, carry, xs)
+    size = group_size(length, group or None)
+    if size == length and group in (None, 0):
+        return run(carry, xs)
+    if group != 0:
+        run = jax.checkpoint(run, prevent_cse=False)
     whole = length - length % size
-
-    def run(carry, xs):
-        return jax.lax.scan(step, carry, xs)
-
-    run = jax.checkpoint(run, prevent_cse=False)
     folded = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
     carry, ys = jax.lax.scan(run, carry, folded)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
@@ -57,3 +54,10 @@ def grouped_scan(
         carry, rest = run(carry, jax.tree.map(lambda x: x[whole:], xs))
         ys = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), ys, rest)
     return carry, ys
+
+
+def grouped_scan(
+    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan(step, carry, xs)`, saving for the backward pass one carry a group."""
+    return in_groups(lambda carry, xs: jax.lax.scan(step, carry, xs), carry, xs, group=group)
