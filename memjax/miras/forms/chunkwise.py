@@ -205,10 +205,9 @@ def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
 
 
 def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
-    """Tiles that hold a boundary at their first token, if any: only their writes wait for another.
+    """A group of tiles that hold a boundary at their first token, if any.
 
-    The gates are put together for all of them before, and all read after, at the weights that each
-    has found: large operations, and few in the loop.
+    What follows from the gates alone is put together for all of them before the loop.
     """
     over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
     plans = jax.vmap(jax.vmap(over_heads))(
