@@ -196,7 +196,6 @@ def test_state_of_another_text_of_the_same_lengths_is_refused(tmp_path):
         make(config).set_state(state)
 
 
-
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_every_batch(config, split, count):

@@ -7,8 +7,8 @@ Inside a chunk all gradients are taken at the same weights W', so token i reads
 with X_j its input and D_j the signal at its output on the key side, both at W'. A linear map of the
 query side is then three products: with W, with S, and with D under the masked scores Xq X^T.
 
-A run has three steps: `plan` needs the gates only, `write` gives the weights that the next run waits
-for, and `read` answers the queries from what `write` has found.
+A run has three steps: `plan` needs the gates only, `write` gives the weights that the next run
+waits for, and `read` answers the queries from what `write` has found.
 """
 
 from typing import NamedTuple
