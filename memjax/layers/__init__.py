@@ -4,6 +4,7 @@ from memjax.layers.attention import Attention, AttentionState
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.feed_forward import SwiGLU
 from memjax.layers.linear import Linear
+from memjax.layers.matrix_memory import MatrixMemory, MatrixMemoryState
 from memjax.layers.neural_memory import NeuralMemory, NeuralMemoryState
 from memjax.layers.norm import RMSNorm
 from memjax.layers.rotary import rotary
@@ -14,6 +15,8 @@ __all__ = [
     "CausalConv",
     "ConvState",
     "Linear",
+    "MatrixMemory",
+    "MatrixMemoryState",
     "NeuralMemory",
     "NeuralMemoryState",
     "RMSNorm",

@@ -8,8 +8,9 @@ from flax import nnx
 
 from memjax import miras
 from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
-from memjax.layers.norm import RMSNorm
+from memjax.layers.norm import RMSNorm, unit
 from memjax.layers.statistics import MemoryStats
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -238,30 +239,3 @@ class NeuralMemory(nnx.Module):
             momentum=None if self.momentum is None else self.momentum(x),
             retain=None if self.retain is None else self.retain(x),
         )
-
-
-class GateHead(nnx.Module):
-    """A gate per token and head: `sigmoid(x W + b)` in fp32, `initial` where x W is 0.
-
-    Args:
-        dim: model dimension.
-        heads: H.
-        initial: value of the gate at the start, between 0 and 1.
-        rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
-    """
-
-    def __init__(self, dim: int, heads: int, *, initial: float, rngs: nnx.Rngs):
-        self.linear = Linear(dim, heads, axes=("embed", "heads"), bias=True, rngs=rngs)
-        self.linear.weight[...] *= 0.1
-        self.linear.bias[...] += jnp.log(initial / (1 - initial))
-
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
-        """[B, T, dim] to [B, T, heads], fp32."""
-        return jax.nn.sigmoid(self.linear(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-
-
-def unit(x: Float[Array, "*B D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
-    """`x / sqrt(||x||^2 + eps^2)` over the last axis: l2 normalisation, safe at zero."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps**2)
-    return (wide / norm).astype(x.dtype)

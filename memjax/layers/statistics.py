@@ -8,7 +8,8 @@ from memjax.typing import Array, Float
 class MemoryStats(NamedTuple):
     """Means over the tokens of one call of a memory, kept in its state for whoever logs them.
 
-    A memory without momentum or without retention leaves that field None. Inside a stack of layers
+    A memory without momentum or without retention leaves that field None, as does one whose loss is
+    not computed on the way the surprise. Inside a stack of layers
     every field has a leading layers axis. `memjax.models.statistics` collects them from a model.
 
     Args:
@@ -18,7 +19,7 @@ class MemoryStats(NamedTuple):
         retain: retention gate.
     """
 
-    surprise: Float[Array, "*L B H"]
+    surprise: Float[Array, "*L B H"] | None
     lr: Float[Array, "*L B H"]
     momentum: Float[Array, "*L B H"] | None
     retain: Float[Array, "*L B H"] | None

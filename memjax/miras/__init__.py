@@ -11,13 +11,13 @@ from memjax.miras import zoo
 from memjax.miras.bias import dot, l2
 from memjax.miras.forms.chunkwise import chunkwise, surprise, trace
 from memjax.miras.forms.recurrent import read, recurrent, step
-from memjax.miras.learner import gd, momentum
+from memjax.miras.learner import gd, implicit, momentum
 from memjax.miras.retention import decay, none
 from memjax.miras.rule import Begin, Gates, Rule, State, begin_from, start
 from memjax.miras.structure import Weights, matrix, mlp
 
 __all__ = [
     "Begin", "Gates", "Rule", "State", "Weights", "begin_from", "chunkwise", "decay", "dot", "gd",
-    "l2", "matrix", "mlp", "momentum", "none", "read", "recurrent", "start", "step", "surprise",
-    "trace", "zoo",
+    "implicit", "l2", "matrix", "mlp", "momentum", "none", "read", "recurrent", "start", "step",
+    "surprise", "trace", "zoo",
 ]  # fmt: skip

@@ -12,15 +12,24 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from memjax.miras.bias import Bias, l2
 from memjax.miras.products import prefix_products, segment_products
+from memjax.miras.structure import Structure, matrix
 from memjax.typing import Array, Bool, Float, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What a learner must give; see `gd` and `momentum`."""
+    """What a learner must give; see `gd`, `momentum` and `implicit`."""
 
     needs_momentum = False
+
+    def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
+        """The step sizes, of the gate `lr` and the keys."""
+        return lr
+
+    def check(self, structure: Structure, bias: Bias, chunk: int) -> None:
+        """Raises ValueError, with the reason, where this learner cannot serve such a memory."""
 
     def start(self, weights: PyTree) -> PyTree:
         """The momentum before the first token."""
@@ -61,6 +70,30 @@ class gd(Learner):
         self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
     ) -> tuple[None, None]:
         return None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class implicit(gd):
+    """One implicit (proximal) step on `l2`: the gradient is taken where the step ends.
+
+        W_t = argmin_W  1/(2 lr_t) ||W - W_{t-1}||^2 + 1/2 ||k_t W - v_t||^2
+            = W_{t-1} - lr_t / (1 + lr_t ||k_t||^2) k_t^T (k_t W_{t-1} - v_t)
+
+    It is stable for every lr > 0. Needs a `matrix` memory, `l2` and chunk 1, where this closed form
+    holds; with `decay(before="gradient")`, `W_{t-1}` is the decayed one.
+
+    Source: Longhorn (arXiv:2407.14207), theorem 3.1, without its diagonal approximation.
+    """
+
+    def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
+        return lr / (1 + lr * jnp.sum(jnp.square(k.astype(lr.dtype)), axis=-1))
+
+    def check(self, structure: Structure, bias: Bias, chunk: int) -> None:
+        if not (isinstance(structure, matrix) and isinstance(bias, l2) and chunk == 1):
+            raise ValueError(
+                f"implicit() has a closed form for matrix(), l2() and chunk 1 alone, not for "
+                f"{structure}, {bias} and chunk {chunk}: use gd() or momentum()"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

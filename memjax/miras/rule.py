@@ -44,7 +44,8 @@ class State(NamedTuple):
     """A memory between two calls: all that exact continuation needs.
 
     Attributes:
-        base: W', the fast weights when the current chunk began, each [B, H, ...].
+        base: W', the fast weights when the current chunk began, each [B, H, ...]; where the
+            retention decays first, as the tokens since have left them.
         weights: W_t, the fast weights now (inside a chunk: before `Gates.scale`), each [B, H, ...].
         momentum: S_t like the weights, or () for a learner without.
         place: place in its chunk of the next token, 0 to chunk - 1, [B].
@@ -68,7 +69,7 @@ class Rule:
 
     Token by token, with W' the weights held when the token's chunk began:
 
-        g_t = d/dW bias(M(k_t; W), v_t)  at W = W'
+        g_t = d/dW bias(M(k_t; W), v_t)  at W = W'        (decay first: at (prod a_m) W')
         S_t = e_t S_{t-1} - lr_t g_t                      (momentum; without: S_t = -lr_t g_t)
         W_t = a_t W_{t-1} + S_t
         y_t = M(q_t; W_t)                                 (read="before": W_{t-1})
@@ -77,7 +78,7 @@ class Rule:
         structure: what the memory is: `matrix()`, `mlp(...)`.
         bias: what it minimises: `l2()`, `dot()`.
         retention: how it forgets: `decay()`, `none()`.
-        learner: how it steps: `gd()`, `momentum()`.
+        learner: how it steps: `gd()`, `momentum()`, `implicit()`.
         chunk: tokens that share their gradients' weights; semantic, 1 = fully online.
         read: "after" or "before" the token is written.
     Raises:
@@ -107,6 +108,7 @@ class Rule:
             raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
         if self.read not in ("after", "before"):
             raise ValueError(f'Rule read {self.read!r} must be "after" or "before"')
+        self.learner.check(self.structure, self.bias, self.chunk)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         """Learned initial memory W_0, no batch axis; `jax.vmap` over keys adds a heads axis."""

@@ -31,6 +31,9 @@ class MemoryConfig:
         chunk: tokens between two updates of the weights that gradients are taken at.
         lr_max: the largest inner learning rate.
         combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
+        value_dim: dimension of the values of a head, for the matrix memories; None takes what each
+            paper has.
+        negative_eigenvalues: lr up to 2 in the delta family, see `layers.gates.Gating`.
     """
 
     rule: str = "titans"
@@ -42,15 +45,22 @@ class MemoryConfig:
     chunk: int = 64
     lr_max: float | int = 0.1
     combine: str = "gate"
+    value_dim: int | None = None
+    negative_eigenvalues: bool = False
 
     def __post_init__(self):
         _at_least(self, "memory.", 1, ("chunk",))
-        _at_least(self, "memory.", 1, ("heads", "depth", "expansion"), optional=True)
+        _at_least(self, "memory.", 1, ("heads", "depth", "expansion", "value_dim"), optional=True)
         for name in ("norm", "residual"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(
                     f"memory.{name} must be True, False or None, got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.negative_eigenvalues, bool):
+            raise ValueError(
+                "memory.negative_eigenvalues must be True or False, got "
+                f"{self.negative_eigenvalues!r}"
+            )
         if not isinstance(self.lr_max, int | float) or not self.lr_max > 0:
             raise ValueError(f"memory.lr_max must be a number above 0, got {self.lr_max!r}")
         for name, valid in (("rule", RULES), ("combine", WAYS)):

@@ -20,7 +20,7 @@ parameters of plain Flax layers work too, whole on every device. docs/extending.
 
 from flax import nnx
 
-from memjax.layers import Attention, NeuralMemory
+from memjax.layers import Attention, MatrixMemory, NeuralMemory, matrix_memory
 from memjax.models.mac import MemoryAsContext
 from memjax.models.mag import MemoryAsGate, MemoryAsLayer
 from memjax.models.registry import Registry
@@ -48,6 +48,7 @@ def _attention(
     )
 
 
+@register("attention")
 @register("transformer")
 def transformer(config, rngs: nnx.Rngs) -> Attention:
     """Causal attention over all of the context, with rotary positions."""
@@ -117,3 +118,66 @@ def mal(config, rngs: nnx.Rngs) -> MemoryAsLayer:
         config.dim,
         rngs=rngs,
     )
+
+
+def _matrix(builder, config, rngs: nnx.Rngs, **options) -> MatrixMemory:
+    heads = config.memory.heads or config.heads
+    head_dim = config.head_dim if heads == config.heads else None
+    if config.memory.value_dim is not None:
+        options["value_dim"] = config.memory.value_dim
+    return builder(config.dim, heads, head_dim, rngs=rngs, **options)
+
+
+def _delta_family(builder, config, rngs: nnx.Rngs) -> MatrixMemory:
+    negative = config.memory.negative_eigenvalues
+    return _matrix(builder, config, rngs, conv=config.conv, negative_eigenvalues=negative)
+
+
+@register("linear_attention")
+def linear_attention(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Linear attention with features elu + 1, normalised."""
+    if config.memory.value_dim is not None:
+        raise ValueError("memory.value_dim is that of keys for linear_attention: leave it None")
+    return _matrix(matrix_memory.linear_attention, config, rngs)
+
+
+@register("retnet")
+def retnet(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Multi-scale retention."""
+    return _matrix(matrix_memory.retnet, config, rngs)
+
+
+@register("gla")
+def gla(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Gated linear attention."""
+    return _matrix(matrix_memory.gla, config, rngs)
+
+
+@register("mamba2")
+def mamba2(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Mamba-2."""
+    return _matrix(matrix_memory.mamba2, config, rngs, conv=config.conv)
+
+
+@register("delta_net")
+def delta_net(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """DeltaNet."""
+    return _delta_family(matrix_memory.delta_net, config, rngs)
+
+
+@register("gated_delta_net")
+def gated_delta_net(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Gated DeltaNet."""
+    return _delta_family(matrix_memory.gated_delta_net, config, rngs)
+
+
+@register("kda")
+def kda(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Kimi delta attention."""
+    return _delta_family(matrix_memory.kda, config, rngs)
+
+
+@register("longhorn")
+def longhorn(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """Longhorn's implicit step."""
+    return _matrix(matrix_memory.longhorn, config, rngs, conv=config.conv)

@@ -33,7 +33,7 @@ def statistics(state: LanguageModelState) -> dict[str, Float[Array, ""]]:
         for node in jax.tree.leaves(block, is_leaf=is_stats):
             if not is_stats(node):
                 continue
-            for repeat in range(node.surprise.shape[0]):
+            for repeat in range(node.lr.shape[0]):
                 one = jax.tree.map(lambda leaf, r=repeat: leaf[r], node)
                 found.setdefault(repeat * period + place, []).append(one)
 

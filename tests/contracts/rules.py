@@ -31,6 +31,7 @@ def _matrix(bias, retention, learner, **options):
 
 _l2, _dot, _decay, _none = miras.l2(), miras.dot(), miras.decay(), miras.none()
 _gd, _momentum = miras.gd(), miras.momentum()
+_first = miras.decay(before="gradient")
 
 CASES = (
     RuleCase(
@@ -59,6 +60,59 @@ CASES = (
         _matrix(_l2, _decay, _momentum, chunk=4, read="before"),
         oracle.Rule(chunk=4, read="before"),
         retain="channel",
+        scale=True,
+    ),
+    RuleCase(
+        "gated_delta_net",
+        _matrix(_l2, _first, _gd, chunk=1),
+        oracle.Rule(chunk=1, momentum=False, first=True),
+        value=5,
+    ),
+    RuleCase(
+        "kda_before",
+        _matrix(_l2, _first, _gd, chunk=1, read="before"),
+        oracle.Rule(chunk=1, momentum=False, first=True, read="before"),
+        retain="channel",
+    ),
+    RuleCase(
+        "channelwise_delta",
+        _matrix(_l2, _decay, _gd, chunk=1),
+        oracle.Rule(chunk=1, momentum=False),
+        retain="channel",
+        heads=1,
+    ),
+    RuleCase(
+        "longhorn",
+        _matrix(_l2, _none, miras.implicit(), chunk=1),
+        oracle.Rule(chunk=1, momentum=False, implicit=True),
+        retain=None,
+        rate=5.0,
+    ),
+    RuleCase(
+        "gated_linear_attention",
+        _matrix(_dot, _decay, _gd, chunk=1),
+        oracle.Rule(chunk=1, bias="dot", momentum=False),
+        value=5,
+        retain="channel",
+    ),
+    RuleCase(
+        "retention_before",
+        _matrix(_dot, _decay, _gd, chunk=1, read="before"),
+        oracle.Rule(chunk=1, bias="dot", momentum=False, read="before"),
+    ),
+    RuleCase(
+        "matrix_first",
+        _matrix(_l2, _first, _momentum, chunk=5),
+        oracle.Rule(chunk=5, first=True),
+        retain="channel",
+        scale=True,
+    ),
+    RuleCase(
+        "mlp_first",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2, residual=True), _l2, _first, _gd, chunk=4
+        ),
+        oracle.Rule(chunk=4, residual=True, momentum=False, first=True),
         scale=True,
     ),
     RuleCase(
@@ -136,5 +190,10 @@ CASES = (
 BY_NAME = {case.name: case for case in CASES}
 
 # Where a check concerns the engine and not the parts, these stand for all: a matrix memory with
-# every gate, a deep one with momentum, one that reads before the write, one without momentum.
-FEW = tuple(BY_NAME[name] for name in ("matrix_before", "titans", "ttt_linear"))
+# every gate, a deep one with momentum, one that reads before the write, one without momentum, and
+# the closed forms.
+FEW = tuple(
+    BY_NAME[name]
+    for name in ("matrix_before", "titans", "ttt_linear", "gated_delta_net", "kda_before",
+                 "channelwise_delta", "gated_linear_attention", "mlp_first")
+)  # fmt: skip

@@ -3,6 +3,7 @@
 For each row and head, with W' the weights held when the chunk began:
 
     a document starts:  W' = W = W_0,  S = S_0,  p = 0
+    W' = a_t W'                           (where the decay comes first)
     g_t = grad_W loss(M(k_t; W'), v_t)
     S_t = e_t S_{t-1} - lr_t g_t          W_t = a_t W_{t-1} + S_t        (momentum)
                                           W_t = a_t W_{t-1} - lr_t g_t   (gradient descent)
@@ -32,6 +33,8 @@ class Rule:
     bias: str = "l2"  # l2: 1/2 |y - v|^2; dot: -<y, v>
     momentum: bool = True
     read: str = "after"
+    first: bool = False  # W' decays with the weights, before the gradient is taken
+    implicit: bool = False  # lr / (1 + lr |k|^2) in the place of lr
 
 
 class Gates(NamedTuple):
@@ -161,6 +164,10 @@ def run(rule, state, q, k, v, gates, segment_ids=None):
                 if np.ndim(retain):
                     retain = retain[:, None]  # one factor a key channel, a row of the matrix
                 before = now
+                if rule.first:
+                    held = [retain * w for w in held]
+                if rule.implicit:
+                    lr = lr / (1.0 + lr * (k[b, t, h] ** 2).sum())
                 losses[b, t, h], g = gradient(rule, held, slow, k[b, t, h], v[b, t, h])
                 if rule.momentum:
                     e = gates.momentum[b, t, h]

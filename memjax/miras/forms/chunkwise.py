@@ -1,7 +1,8 @@
-"""The fast form: a sequence in tiles, each computed by the dual form.
+"""The fast form: a sequence in tiles, each computed by the dual form or by the closed one.
 
 This file is about places: which tokens belong to the chunk in progress, to the next, to a document
-that starts. `dual.py` is about the arithmetic of such a run of tokens.
+that starts. `dual.py` is about the arithmetic of such a run of tokens. `linear.py` has that of
+matrix memories which learn at every token; where it fits, it is taken.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
-from memjax.miras.forms import dual
+from memjax.miras.forms import dual, linear
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Rule, State
@@ -65,11 +66,13 @@ def chunkwise(
         gates: rates, each [B, T, H].
         segment_ids: document of each token; the memory restarts where it changes. None: all tokens
             continue the document of the state.
-        block: tile size, at most the chunk (default: the chunk, at most 128); only speed.
+        block: tile size, at most the chunk (default: the chunk, at most 128); only speed. The
+            closed form of online matrix memories takes any (default 64).
         implementation: "xla", or None for the platform's best (here also "xla").
         remat: tiles per group of recomputation in the backward pass, which holds one state a group
             and what one group computes: None = as few as keep those states within 8 times the size
-            of keys and values (memory is linear in T), 0 = recompute nothing.
+            of keys and values (memory is linear in T), 0 = recompute nothing. The closed form
+            keeps a state a tile whatever it says.
     Returns:
         (y [B, T, H, V] in q's dtype, the state after the last token)
     Raises:
@@ -78,7 +81,7 @@ def chunkwise(
     if implementation not in (None, "xla"):
         raise ValueError(f'implementation {implementation!r} must be None or "xla"')
     y, _, state = trace(
-        rule, state, q, k, v, gates, segment_ids=segment_ids, block=block, remat=remat
+        rule, state, q, k, v, gates, segment_ids=segment_ids, block=block, remat=remat, loss=False
     )
     return y, state
 
@@ -111,21 +114,33 @@ def trace(
     block: int | None = None,
     remat: int | None = None,
     aligned: bool = False,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"], State]:
+    loss: bool = True,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None, State]:
     """`chunkwise` and `surprise` in one pass: (y, surprise, state).
 
     Args:
         aligned: the caller's promise that chunks and documents begin at multiples of `block` in
             this call, if they begin in it at all, the first of its tokens being such a place; what
             is for any other place is then not compiled (where `block` divides the chunk). A promise
-            that is broken gives wrong results. All other arguments are those of `chunkwise`.
+            that is broken gives wrong results.
+        loss: whether the surprise is wanted; else None stands for it.
+
+    All other arguments are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
+    closed = linear.fits(rule, gates)
     if block is None:
-        block = _default_block(rule.chunk)
-    if not 1 <= block <= rule.chunk:
+        block = linear.BLOCK if closed else _default_block(rule.chunk)
+    if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     length = k.shape[1]
+    if closed:
+        tiles = _tiles(state, q, k, v, gates, segment_ids, min(block, length))
+        restarts = segment_ids is not None
+        y, surprises, state = linear.run(
+            rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss
+        )
+        return _outcome(state, q, y, surprises, segment_ids)
     aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
     if remat is None:
@@ -147,16 +162,25 @@ def trace(
         return in_groups(run, carry, tiles, group=remat)
 
     if length == 1 or aligned:
-        carry, (y, loss) = by_tile(carry, tiles)
+        carry, (y, surprises) = by_tile(carry, tiles)
     else:
         # Where no tile holds a boundary but at its first token, one run a tile is enough.
         places = _places(rule, state, segment_ids, length)[:, ::block]
         whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
-        carry, (y, loss) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
-    y, loss = _unfold(y, length), _unfold(loss, length)
-    segment = state.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
-    state = state._replace(**carry._asdict(), segment=segment)
-    return y.astype(q.dtype), loss, state
+        carry, (y, surprises) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
+    state = state._replace(**carry._asdict())
+    return _outcome(state, q, y, surprises if loss else None, segment_ids)
+
+
+def _outcome(state, q, y, surprises, segment_ids):
+    """Results of a call from those of its tiles."""
+    length = q.shape[1]
+    y = _unfold(y, length).astype(q.dtype)
+    if surprises is not None:
+        surprises = _unfold(surprises, length)
+    if segment_ids is not None:
+        state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
+    return y, surprises, state
 
 
 def _default_block(chunk: int, most: int = 128) -> int:
@@ -221,25 +245,25 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
             carry = _restart(state, carry, tile.starts[:, 0])
         if whole:
             carry = carry._replace(base=carry.weights)
-        loss, inputs, signals, weights, velocity = _write(rule, state, carry, tile, plan)
+        loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
         found = (carry.base, carry.weights, carry.momentum)
         y = _read(rule, state, *found, tile, inputs, signals, plan)
         if whole:
-            carry = _chunk_end(carry, weights, velocity, tile)
+            carry = _chunk_end(carry, *written, tile)
         else:
-            carry = _close(rule, carry, weights, velocity, tile, tile.live)
+            carry = _close(rule, carry, *written, tile, tile.live)
         return carry, (y, loss)
 
     return jax.lax.scan(step, carry, (tiles, plans))
 
 
-def _chunk_end(carry: Carry, weights, velocity, tile: Tile) -> Carry:
+def _chunk_end(carry: Carry, base, weights, velocity, tile: Tile) -> Carry:
     """After a chunk, or what there is of the last one: `_settle` tells them apart."""
     if tile.gates.scale is not None:
         scale = jnp.where(tile.live[:, None, -1], tile.gates.scale[:, :, -1], 1)[..., None, None]
-        weights = jax.tree.map(lambda b, w: b + scale * (w - b), carry.base, weights)
+        weights = jax.tree.map(lambda b, w: b + scale * (w - b), base, weights)
     place = jnp.sum(tile.live, axis=1, dtype=carry.place.dtype)
-    return Carry(carry.base, weights, velocity, place)
+    return Carry(base, weights, velocity, place)
 
 
 def _settle(rule, carry: Carry) -> Carry:
@@ -273,10 +297,10 @@ def _any_tile(rule, state, carry: Carry, tile: Tile):
             # Masks multiply: what is not finite in another run's tokens must not come near.
             here = live[:, None, :, None]
             tile = tile._replace(k=jnp.where(here, tile.k, 0), v=jnp.where(here, tile.v, 0))
-            y, loss, weights, velocity = _run(rule, state, carry, tile, live, group)
+            y, loss, *written = _run(rule, state, carry, tile, live, group)
             # Only the last of several new documents goes on.
             own = live & ((number < 2) | (index >= last_start[:, None]))
-            return _close(rule, carry, weights, velocity, tile, own), (y, loss)
+            return _close(rule, carry, *written, tile, own), (y, loss)
 
         def skip(carry, tile):
             shapes = jax.eval_shape(act, carry, tile)[1]
@@ -298,7 +322,9 @@ def _restart(state: State, carry: Carry, rows: Bool[Array, " B"]) -> Carry:
     return jax.tree.map(lambda now, new: _where(rows, new.astype(now.dtype), now), carry, begin)
 
 
-def _close(rule, carry: Carry, weights, velocity, tile: Tile, own: Bool[Array, "B C"]) -> Carry:
+def _close(
+    rule, carry: Carry, base, weights, velocity, tile: Tile, own: Bool[Array, "B C"]
+) -> Carry:
     """The carry after the `own` tokens of a tile; a chunk that they fill ends."""
     place = carry.place + jnp.sum(own, axis=1, dtype=carry.place.dtype)
     complete = place == rule.chunk
@@ -306,8 +332,8 @@ def _close(rule, carry: Carry, weights, velocity, tile: Tile, own: Bool[Array, "
     if tile.gates.scale is not None:
         final = jnp.max(jnp.where(own, jnp.arange(own.shape[1]), 0), axis=1)
         scale = jnp.take_along_axis(tile.gates.scale, final[:, None, None], axis=2)[..., None]
-        closed = jax.tree.map(lambda b, w: b + scale * (w - b), carry.base, weights)
-    base = jax.tree.map(lambda c, b: _where(complete, c, b), closed, carry.base)
+        closed = jax.tree.map(lambda b, w: b + scale * (w - b), base, weights)
+    base = jax.tree.map(lambda c, b: _where(complete, c, b), closed, base)
     weights = jax.tree.map(lambda c, w: _where(complete, c, w), closed, weights)
     return Carry(base, weights, velocity, jnp.where(complete, 0, place))
 
@@ -317,12 +343,12 @@ def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
 
 
 def _run(rule, state: State, carry: Carry, tile: Tile, live, document):
-    """One run over rows and heads: (y [B,H,C,V], loss [B,H,C], weights, momentum)."""
+    """One run over rows and heads: (y [B,H,C,V], loss [B,H,C], base, weights, momentum)."""
     over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
     plan = jax.vmap(over_heads)(tile.gates, live, document)
-    loss, inputs, signals, weights, velocity = _write(rule, state, carry, tile, plan)
+    loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
     found = (carry.base, carry.weights, carry.momentum)
-    return _read(rule, state, *found, tile, inputs, signals, plan), loss, weights, velocity
+    return _read(rule, state, *found, tile, inputs, signals, plan), loss, *written
 
 
 # In the backward pass, products are kept and what lies between them is computed again.

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     reads: Mixture  # at which each token reads: [C, *K], [C, *K], [C, C, *K]
     weights: Mixture  # after the run: [*K], [*K], [C, *K]
     momentum: Mixture | None  # after the run, `of_weights` None standing for 0
+    anchor: Float[Array, "*C"] | None  # of W' where each token's gradient is taken; None = 1
 
 
 def plan(rule, gates, live, document) -> Plan:
@@ -71,11 +72,12 @@ def plan(rule, gates, live, document) -> Plan:
         after if rule.read == "after" else _before(after, first),
         jax.tree.map(lambda x: x[-1], after),
         None if of_velocity is None else Mixture(None, of_velocity[-1], by_token[-1]),
+        of_weights if rule.retention.first else None,
     )
 
 
 def write(rule, base, weights, velocity, slow, k, v, plan: Plan):
-    """Learns a run of one head: (loss [C], inputs, signals, weights, momentum).
+    """Learns a run of one head: (loss [C], inputs, signals, base, weights, momentum).
 
     Args:
         base: weights at which gradients are taken; weights, velocity: those to go on from.
@@ -83,7 +85,7 @@ def write(rule, base, weights, velocity, slow, k, v, plan: Plan):
         plan: of these tokens.
     """
     compute = k.dtype
-    loss, inputs, signals = _capture(rule, base, slow, k, v, compute)
+    loss, inputs, signals = _capture(rule, base, slow, k, v, plan.anchor, compute)
 
     def learned(of_tokens, x, d):
         if of_tokens.ndim == 1:
@@ -103,10 +105,21 @@ def write(rule, base, weights, velocity, slow, k, v, plan: Plan):
             learned_momentum = learned(plan.momentum.of_tokens, x, d)
             new_velocity.append(rows(plan.momentum.of_momentum, s) + learned_momentum)
         new_weights.append(kept + learned(plan.weights.of_tokens, x, d))
-    return loss, inputs, signals, tuple(new_weights), tuple(new_velocity)
+    if plan.anchor is not None:
+        base = tuple(rows(plan.anchor[-1], w) for w in base)
+    return loss, inputs, signals, base, tuple(new_weights), tuple(new_velocity)
 
 
-def _capture(rule, base, slow, k, v, compute):
+def _scaled(gate: Float[Array, "C *K"] | None, x: Array, w: Array, compute) -> Array:
+    """`x_i (gate_i w)` for every token i; None = 1."""
+    if gate is None:
+        return matmul(x, w, compute=compute)
+    if gate.ndim == 2:
+        return matmul(gate * x, w, compute=compute)
+    return gate[:, None] * matmul(x, w, compute=compute)
+
+
+def _capture(rule, base, slow, k, v, anchor, compute):
     """The key side at W': (loss [C], input X of each linear map, signal D at its output)."""
     dtype = accumulation_dtype(base[0].dtype)
 
@@ -115,7 +128,7 @@ def _capture(rule, base, slow, k, v, compute):
 
         def linear(i, x):
             inputs.append(x)
-            return matmul(x, base[i], compute=compute) + taps[i]
+            return _scaled(anchor, x, base[i], compute) + taps[i]
 
         return rule.structure.forward(linear, slow, k.astype(dtype)), tuple(inputs)
 
@@ -138,23 +151,17 @@ def read(rule, base, weights, velocity, slow, q, inputs, signals, plan: Plan, sc
     """
     compute, seen = q.dtype, plan.reads
 
-    def scaled(gate, x):
-        return x if gate is None else (gate * x if gate.ndim == 2 else gate[:, None] * x)
-
     def linear(i, x):
         if seen.of_tokens.ndim == 2:
             scores = matmul(x, inputs[i].T, compute=compute) * seen.of_tokens
-            by_weights = scaled(seen.of_weights, matmul(x, weights[i], compute=compute))
         else:
             scores = jnp.einsum("ik,jk,ijk->ij", x, inputs[i], seen.of_tokens)
-            by_weights = matmul(scaled(seen.of_weights, x), weights[i], compute=compute)
-        z = by_weights + matmul(scores, signals[i], compute=compute)
-        if seen.of_momentum is not None and seen.of_momentum.ndim == 1:
-            z += seen.of_momentum[:, None] * matmul(x, velocity[i], compute=compute)
-        elif seen.of_momentum is not None:
-            z += matmul(seen.of_momentum * x, velocity[i], compute=compute)
+        z = _scaled(seen.of_weights, x, weights[i], compute)
+        z += matmul(scores, signals[i], compute=compute)
+        if seen.of_momentum is not None:
+            z += _scaled(seen.of_momentum, x, velocity[i], compute)
         if scale is not None:
-            anchor = matmul(x, base[i], compute=compute)
+            anchor = _scaled(plan.anchor, x, base[i], compute)
             z = anchor + scale[:, None] * (z - anchor)
         return z
 

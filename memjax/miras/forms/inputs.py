@@ -16,7 +16,9 @@ def check(
     gates: Gates,
     segment_ids: Int[Array, "B T"] | None,
 ) -> Gates:
-    """Raises ValueError where an argument does not fit; returns the gates in the state's dtype."""
+    """Raises ValueError where an argument does not fit; returns the gates in the state's dtype,
+    `lr` as the learner's step sizes.
+    """
     fits(rule, state.weights, state.slow)
     if bool(state.momentum) != rule.learner.needs_momentum:
         raise ValueError(
@@ -64,4 +66,5 @@ def check(
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {k.shape[:2]}")
     dtype = accumulation_dtype(state.weights[0].dtype)
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
-    return Gates(*cast)
+    gates = Gates(*cast)
+    return gates._replace(lr=rule.learner.rates(gates.lr, k))

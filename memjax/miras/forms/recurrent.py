@@ -143,24 +143,26 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     base, weights = restart(base, state.begin.weights), restart(weights, state.begin.weights)
     velocity = restart(velocity, state.begin.momentum)
     place = jnp.where(token.starts, 0, place)
+    gates = token.gates
+
+    def decayed(weights):
+        if gates.retain is None:
+            return weights
+        factor = gates.retain if gates.retain.ndim == 3 else gates.retain[..., None]
+        return jax.tree.map(lambda w: factor[..., None] * w, weights)
+
+    if rule.retention.first:
+        base = decayed(base)
 
     def loss(fast):
         y = _answer(rule, fast, state.slow, token.k[:, :, None], compute)[:, :, 0]
         return jnp.sum(rule.bias.loss(y, token.v.astype(accumulation_dtype(y.dtype))))
 
     gradient = jax.grad(loss)(base)
-    gates = token.gates
-
-    def per_head(gradient, weights, velocity, lr, eta, retain):
-        velocity, change = rule.learner.update(velocity, gradient, lr, eta)
-        if retain is not None:
-            factor = retain[:, None] if retain.ndim else retain
-            weights = jax.tree.map(lambda w: factor * w, weights)
-        return jax.tree.map(jnp.add, weights, change), velocity
-
-    written, new_velocity = jax.vmap(jax.vmap(per_head))(
-        gradient, weights, velocity, gates.lr, gates.momentum, gates.retain
+    new_velocity, change = jax.vmap(jax.vmap(rule.learner.update))(
+        velocity, gradient, gates.lr, gates.momentum
     )
+    written = jax.tree.map(jnp.add, decayed(weights), change)
     seen = written if rule.read == "after" else weights
     y = _answer(rule, _mix(base, seen, gates.scale), state.slow, token.q[:, :, None], compute)
 

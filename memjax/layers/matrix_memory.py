@@ -1,0 +1,490 @@
+"""Matrix memories as sequence mixers: linear attention, its decays, and the delta family.
+
+`MatrixMemory` is the shell that these papers share; the functions below it build each paper's
+own, by name.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import documents, miras
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.gates import FixedDecay, GateHead, Gating, PowerDecay, SoftplusDecay, StepSize
+from memjax.layers.linear import Linear
+from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.rotary import rotary
+from memjax.layers.statistics import MemoryStats
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+FEATURES: dict[str, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    "silu": jax.nn.silu,
+    "elu+1": lambda x: jax.nn.elu(x) + 1,
+}
+
+
+class MatrixMemoryState(NamedTuple):
+    """What `MatrixMemory` carries.
+
+    Attributes:
+        memory: the matrices and where they stand, see `miras.State`.
+        convs: inputs of the convolutions of queries, keys and values; () without.
+        seen: tokens of the document so far, for rotary positions, [B].
+        stats: means of surprise and gates over the tokens of the last call.
+    """
+
+    memory: miras.State
+    convs: tuple[ConvState, ...]
+    seen: Int[Array, " B"]
+    stats: MemoryStats
+
+
+class MatrixMemory(nnx.Module):
+    """A matrix per head that learns at every token, as a sequence mixer.
+
+        q, k = features(conv(x W_q)), features(conv(x W_k)),  v = conv(x W_v) (with SiLU if conv)
+        q, k = q / ||q||, k / ||k||  or  rotated; then q = q / sqrt(K)
+        m    = the rule over (q, k, v, gates(x)), W_0 = 0, see `miras.Rule`
+        y    = (RMSNorm(m) * gate(x W_g)) W_o
+
+    Args:
+        dim: model dimension E.
+        heads: number of memories H.
+        head_dim: dimension K of keys and queries (default dim / heads).
+        value_dim: dimension V of the values of a head (default `head_dim`).
+        rule: the memory; its structure is `miras.matrix()`.
+        gates: a module `x -> miras.Gates`, see `memjax.layers.gates`.
+        conv: width of the depthwise causal convolutions, 0 for none.
+        features: of keys and queries: "none", "silu", "elu+1".
+        unit_keys: scale keys and queries to length 1.
+        rope: rotate keys and queries by their positions.
+        key_heads: heads of keys and queries, each shared by H / key_heads memories (default H).
+        normalised: divide by what the memory answers for values of 1, `q . sum_t k_t` (then keys
+            and queries must be positive), in the place of the norm.
+        gate: "silu", "sigmoid" or None: what the output is multiplied by.
+        gate_rank: rank of the gate's projection (default: full).
+        gate_first: `RMSNorm(m * gate)` over all heads, in the place of the norm of each head.
+        skip: add `D v` to m, D per head, 1 at the start.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: sizes or names that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        *,
+        rule: miras.Rule,
+        gates: nnx.Module,
+        conv: int = 0,
+        features: str = "none",
+        unit_keys: bool = False,
+        rope: bool = False,
+        key_heads: int | None = None,
+        normalised: bool = False,
+        gate: str | None = "silu",
+        gate_rank: int | None = None,
+        gate_first: bool = False,
+        skip: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        head_dim = _head_dim(dim, heads, head_dim)
+        value_dim = head_dim if value_dim is None else value_dim
+        key_heads = heads if key_heads is None else key_heads
+        if min(dim, heads, head_dim, value_dim, key_heads) < 1 or conv < 0:
+            raise ValueError(
+                f"dim {dim}, heads {heads}, head_dim {head_dim}, value_dim {value_dim} and "
+                f"key_heads {key_heads} must be at least 1, conv {conv} at least 0"
+            )
+        if heads % key_heads:
+            raise ValueError(f"heads {heads} must be a multiple of key_heads {key_heads}")
+        if features not in FEATURES:
+            raise ValueError(f"features {features!r} must be one of {', '.join(FEATURES)}")
+        if gate not in ("silu", "sigmoid", None):
+            raise ValueError(f'gate {gate!r} must be "silu", "sigmoid" or None')
+        if rope and head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} must be even: rotary positions pair features")
+        if not isinstance(rule.structure, miras.matrix):
+            raise ValueError(f"MatrixMemory needs a rule of matrix(), not of {rule.structure}")
+        self.dim, self.heads, self.head_dim, self.value_dim = dim, heads, head_dim, value_dim
+        self.rule, self.gates, self.features, self.rope = rule, gates, features, rope
+        self.unit_keys, self.key_heads, self.normalised = unit_keys, key_heads, normalised
+        self.gate_kind, self.gate_first = gate, gate_first
+
+        def project(count: int, size: int) -> Linear:
+            return Linear(dim, (count, size), axes=("embed", "heads", "kv"), rngs=rngs)
+
+        self.query, self.key = project(key_heads, head_dim), project(key_heads, head_dim)
+        self.value = project(heads, value_dim)
+        self.out = Linear((heads, value_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
+        widths = (key_heads * head_dim, key_heads * head_dim, heads * value_dim)
+        self.convs = nnx.List(
+            CausalConv(width, conv, rngs=rngs, axis_name="heads")
+            for width in (widths if conv else ())
+        )
+        narrow = gate is not None and gate_rank is not None
+        self.gate_down = Linear(dim, gate_rank, axes=("embed", None), rngs=rngs) if narrow else None
+        self.gate = _gate(dim, (heads, value_dim), gate, gate_rank, rngs)
+        # over all heads, of each head, or none
+        size = heads * value_dim if gate_first else value_dim
+        axis = "heads" if gate_first else "kv"
+        self.norm = None if normalised else RMSNorm(size, rngs=rngs, axis_name=axis)
+        self.skip = nnx.Param(jnp.ones((heads,)), axes=("heads",)) if skip else None
+
+    def start(self, batch: int) -> MatrixMemoryState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+        """
+        values = self.value_dim + self.normalised
+        plain = self.rule.init(jax.random.key(0), self.head_dim, values)
+        memory = miras.start(self.rule, plain, batch, self.heads)
+        convs = tuple(conv.start(batch) for conv in self.convs)
+        nothing = jnp.zeros((batch, self.heads))
+        stats = MemoryStats(
+            nothing if isinstance(self.rule.bias, miras.l2) else None,
+            nothing,
+            None,
+            nothing if self.rule.retention.needs_retain else None,
+        )
+        seen = jnp.zeros((batch,), jnp.int32)
+        # each its own array: a caller may donate them
+        return jax.tree.map(jnp.copy, MatrixMemoryState(memory, convs, seen, stats))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: MatrixMemoryState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], MatrixMemoryState]:
+        """Reads and learns x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: document of each token [B, T]; the memory restarts where it changes.
+            positions: [B, T], for rotation only; None = counted on from the state, from 0 in each
+                document.
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+        Raises:
+            ValueError: x or the state do not fit.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        if state is None:
+            state = self.start(x.shape[0])
+        if state.seen.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        place = documents.follow(segment_ids, state.memory.segment, state.seen, x.shape[1])
+        positions = place.index if positions is None else positions
+        q, k, v, convs = self._project(x, state.convs, segment_ids, positions)
+        gates = self.gates(x)
+        counted = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if self.normalised else v
+        surprised = isinstance(self.rule.bias, miras.l2)
+        m, surprise, memory = miras.trace(
+            self.rule, state.memory, q, k, counted, gates, segment_ids=segment_ids, loss=surprised
+        )
+        if self.normalised:
+            m = m[..., :-1] / (m[..., -1:] + 1e-6)
+        if self.skip is not None:
+            m = m + (self.skip[...][:, None] * v).astype(m.dtype)
+        y = self.out(constrain(self._gated(x, m), ("batch", "time", "heads", "kv")))
+        stats = MemoryStats(
+            *(
+                None if gate is None else jax.lax.stop_gradient(
+                    jnp.mean(gate, axis=(1, *range(3, gate.ndim)), dtype=float)
+                )
+                for gate in (surprise, gates.lr, None, gates.retain)
+            )
+        )  # fmt: skip
+        y = constrain(y, ("batch", "time", "embed"))
+        seen = positions[:, -1].astype(jnp.int32) + 1
+        return y, MatrixMemoryState(memory, convs, seen, stats)
+
+    def _project(self, x, convs, segment_ids, positions):
+        """Queries, keys and values of x [B, T, H, .], and the convolutions' states."""
+        outputs, states = [], []
+        for i, projection in enumerate((self.query, self.key, self.value)):
+            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
+            if self.convs:
+                flat = z.reshape(*x.shape[:2], -1)
+                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
+                states.append(conv_state)
+                z = flat.reshape(z.shape)
+            if i < 2:
+                z = FEATURES[self.features](z)
+                z = unit(z) if self.unit_keys else z
+                z = rotary(z, positions) if self.rope else z
+                z = jnp.repeat(z, self.heads // self.key_heads, axis=2)
+            elif self.convs:
+                z = jax.nn.silu(z)
+            outputs.append(z)
+        q, k, v = outputs
+        return (q * self.head_dim**-0.5).astype(q.dtype), k, v, tuple(states)
+
+    def _gated(self, x, m):
+        """What the memory answers [B, T, H, V], normalised and gated."""
+        gate = None
+        if self.gate is not None:
+            gate = self.gate(x if self.gate_down is None else self.gate_down(x))
+            gate = jax.nn.silu(gate) if self.gate_kind == "silu" else jax.nn.sigmoid(gate)
+        if self.gate_first:
+            m = m if gate is None else m * gate
+            return self.norm(m.reshape(*m.shape[:2], -1)).reshape(m.shape)
+        m = m if self.norm is None else self.norm(m)
+        return m if gate is None else m * gate
+
+
+def linear_attention(
+    dim: int, heads: int, head_dim: int | None = None, *, rngs: nnx.Rngs
+) -> MatrixMemory:
+    """Linear attention: `y_t = phi(q) sum phi(k)^T v / (phi(q) . sum phi(k))`, phi = elu + 1.
+
+    Source: Katharopoulos et al. (arXiv:2006.16236), equations 4 to 7.
+    """
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        rule=miras.zoo.linear_attention(),
+        gates=Gating(None, None, heads),
+        features="elu+1",
+        normalised=True,
+        gate=None,
+        rngs=rngs,
+    )
+
+
+def retnet(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Multi-scale retention: a fixed decay per head, rotary positions, norm per head, SiLU gate.
+
+    Values have twice the dimension of keys unless `value_dim` says otherwise.
+
+    Source: RetNet (arXiv:2307.08621), equations 5 to 8; rotation without the scaling of xPos, as in
+        the authors' code.
+    """
+    head_dim = _head_dim(dim, heads, head_dim)
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        2 * head_dim if value_dim is None else value_dim,
+        rule=miras.zoo.retnet(),
+        gates=Gating(None, FixedDecay(heads), heads),
+        rope=True,
+        rngs=rngs,
+    )
+
+
+def gla(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    rank: int = 16,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Gated linear attention: decay per key channel, norm per head, SiLU gate.
+
+    Source: Yang et al. (arXiv:2312.06635), section 4.4.
+    """
+    head_dim = _head_dim(dim, heads, head_dim)
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        value_dim,
+        rule=miras.zoo.gla(),
+        gates=Gating(None, PowerDecay(dim, heads, head_dim, rank=rank, rngs=rngs), heads),
+        rngs=rngs,
+    )
+
+
+def mamba2(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    key_heads: int = 1,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Mamba-2: keys B and queries C shared by all heads, step and decay per head, a skip.
+
+    `head_dim` is the size N of the state, `value_dim` that of a head, P; values have twice the
+    model's dimension in all unless `value_dim` says otherwise.
+
+    Source: Dao and Gu (arXiv:2405.21060), section 7 and figure 6.
+    """
+    value_dim = 2 * _head_dim(dim, heads, None) if value_dim is None else value_dim
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        value_dim,
+        rule=miras.zoo.mamba2(),
+        gates=StepSize(dim, heads, rngs=rngs),
+        conv=conv,
+        features="silu" if conv else "none",
+        key_heads=key_heads,
+        gate_first=True,
+        skip=True,
+        rngs=rngs,
+    )
+
+
+def delta_net(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    negative_eigenvalues: bool = False,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """DeltaNet: unit keys behind convolution and SiLU, `lr = sigmoid(x W)`, norm, no output gate.
+
+    Args:
+        dim, heads, head_dim, value_dim, conv: see `MatrixMemory`.
+        negative_eigenvalues: lr up to 2, so that a step may reflect and states can be tracked.
+        rngs: the stream `params` draws the weights.
+    Source: Yang et al. (arXiv:2406.06484), section 3.4; arXiv:2411.12537 for the option.
+    """
+    return _delta(
+        dim, heads, head_dim, value_dim, miras.zoo.delta_net(), None, conv, negative_eigenvalues,
+        rngs, gate=None,
+    )  # fmt: skip
+
+
+def gated_delta_net(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    negative_eigenvalues: bool = False,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Gated DeltaNet: DeltaNet with a decay per head before the step, and a SiLU output gate.
+
+    Args:
+        dim, heads, head_dim, value_dim, conv: see `MatrixMemory`.
+        negative_eigenvalues: lr up to 2, as for `delta_net`.
+        rngs: the stream `params` draws the weights.
+    Source: Yang, Kautz and Hatamizadeh (arXiv:2412.06464), equation 10 and section 3.4.
+    """
+    decay = SoftplusDecay(dim, heads, rngs=rngs)
+    rule = miras.zoo.gated_delta_net()
+    return _delta(dim, heads, head_dim, value_dim, rule, decay, conv, negative_eigenvalues, rngs)
+
+
+def kda(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    negative_eigenvalues: bool = False,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Kimi delta attention: decay per key channel before the step, low-rank sigmoid output gate.
+
+    Args:
+        dim, heads, head_dim, value_dim, conv: see `MatrixMemory`.
+        negative_eigenvalues: lr up to 2, as for `delta_net`.
+        rngs: the stream `params` draws the weights.
+    Source: Kimi Linear (arXiv:2510.26692), equation 1 and section 4.
+    """
+    head_dim = _head_dim(dim, heads, head_dim)
+    decay = SoftplusDecay(dim, heads, channels=head_dim, rank=head_dim, rngs=rngs)
+    return _delta(
+        dim, heads, head_dim, value_dim, miras.zoo.kda(), decay, conv, negative_eigenvalues, rngs,
+        gate="sigmoid", gate_rank=head_dim,
+    )  # fmt: skip
+
+
+def longhorn(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """Longhorn's implicit step, exact, in the shell of DeltaNet with a SiLU output gate.
+
+    Keys are not of unit length: the step is stable for any. The paper's own layer is Mamba's, and
+    keeps only the diagonal of `k^T k` (docs/deviations.md).
+
+    Source: Liu et al. (arXiv:2407.14207), theorem 3.1.
+    """
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        value_dim,
+        rule=miras.zoo.longhorn(),
+        gates=Gating(GateHead(dim, heads, initial=0.5, rngs=rngs), None, heads),
+        conv=conv,
+        features="silu",
+        rngs=rngs,
+    )
+
+
+def _delta(
+    dim, heads, head_dim, value_dim, rule, decay, conv, negative_eigenvalues, rngs, **options
+) -> MatrixMemory:
+    """The shell of the delta family."""
+    rate = GateHead(dim, heads, initial=0.5, rngs=rngs)
+    gates = Gating(rate, decay, heads, most=2.0 if negative_eigenvalues else 1.0)
+    return MatrixMemory(
+        dim, heads, head_dim, value_dim, rule=rule, gates=gates, conv=conv, features="silu",
+        unit_keys=True, rngs=rngs, **options,
+    )  # fmt: skip
+
+
+def _gate(dim, outputs, gate, rank, rngs) -> Linear | None:
+    """The last projection of the output gate."""
+    if gate is None:
+        return None
+    inputs, axis = (dim, "embed") if rank is None else (rank, None)
+    return Linear(inputs, outputs, axes=(axis, "heads", "kv"), rngs=rngs)
+
+
+def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
+    """What was asked for, or dim / heads."""
+    if head_dim is not None:
+        return head_dim
+    if heads < 1 or dim % heads:
+        raise ValueError(
+            f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
+        )
+    return dim // heads
