@@ -1,5 +1,6 @@
-"""Evaluation: loss, bits per byte, perplexity, and loss by position in the context."""
+"""Evaluation: loss, bits per byte, perplexity, loss by position in the context, synthetic tasks."""
 
+from memjax.evaluation import recall
 from memjax.evaluation.perplexity import Result, evaluate
 
-__all__ = ["Result", "evaluate"]
+__all__ = ["Result", "evaluate", "recall"]

@@ -16,7 +16,7 @@ NO_PLOTS = 'no figures: they need matplotlib; install it with `pip install "memj
 SEEN = "tokens of the document seen"
 
 
-def _figure():
+def figure_class():
     """matplotlib's Figure (which draws without a screen), or None when it is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def write(workdir: str, summary: dict[str, Any]) -> str:
         )
 
     figures = {}
-    figure_type = _figure()
+    figure_type = figure_class()
     if figure_type is None:
         logging.warning("%s", NO_PLOTS)
     else:

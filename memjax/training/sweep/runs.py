@@ -1,0 +1,198 @@
+"""The runs of a sweep, one after another, each kept as a JSON file when it ends."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+import memjax
+from memjax.evaluation import recall
+from memjax.training import config as config_lib
+from memjax.training.lock import exclusive
+from memjax.training.signals import StopSignals
+from memjax.training.sweep.grid import Run, Sweep
+from memjax.training.tasks import Outcome, Stopped, TaskTrainer
+
+
+class Record(NamedTuple):
+    """What is kept of a finished run, in its JSON under `result`.
+
+    Args:
+      accuracy, exact, loss, rows: of the last test; loss is None where it was not finite.
+      steps, seconds, diverged: of the training, see `tasks.Outcome`.
+      parameters: how many the model has.
+      state_bytes: what it carries from token to token, see `recall.state_bytes`.
+    """
+
+    accuracy: float
+    exact: float
+    loss: float | None
+    rows: int
+    steps: int
+    seconds: float
+    diverged: int | None
+    parameters: int
+    state_bytes: int
+
+
+def finished(run: Run) -> Record | None:
+    """The result of a run, when it has one.
+
+    Raises:
+      ValueError: its file is damaged, or of a run with other settings; names the file.
+    """
+    if not os.path.exists(run.path):
+        return None
+    try:
+        with open(run.path, encoding="utf-8") as file:
+            content = json.load(file)
+        saved, record = content["run"], Record(**content["result"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run.path} is not the result of a run ({type(error).__name__}: {error}); delete it,"
+            " and the same command makes it again"
+        ) from error
+    if found := config_lib.difference(saved, run.identity()):
+        field, was, now = found
+        raise ValueError(
+            f"{run.path} is of a run with {field} = {was!r}, but this sweep has {now!r}: give"
+            " another --workdir, or delete it"
+        )
+    return record
+
+
+def _save(run: Run, record: Record) -> None:
+    """Writes the JSON, which is there in full or not at all."""
+    os.makedirs(os.path.dirname(run.path), exist_ok=True)
+    content = {"run": run.identity(), "result": record._asdict(), "versions": versions()}
+    part = run.path + ".part"
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(part, run.path)
+
+
+def versions() -> dict[str, str]:
+    """Of what a result may depend on, with the kind of device."""
+    return {
+        "memjax": memjax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def run(
+    sweep: Sweep, workdir: str, *, progress: bool = True
+) -> tuple[list[tuple[Run, Record]], str | None]:
+    """Runs what is not finished, with a line on standard error for each run.
+
+    Each run leaves `<workdir>/runs/<task>/<model>-d<dim>-s<seed>-lr<lr>.json` when it ends, and
+    nothing before: after a stop of any kind the same call skips the finished ones and begins the
+    one that was cut off anew.
+
+    Args:
+      sweep: of `read`.
+      workdir: directory of the sweep; made when missing.
+      progress: show lines and a bar.
+
+    Returns:
+      ([(run, record), ...] of all finished runs, the signal that stopped it or None).
+
+    Raises:
+      ValueError: a damaged file, one of other settings, another sweep at work in `workdir`, or
+        more than one host.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("a sweep runs on one host: start others with tasks of their own")
+    os.makedirs(workdir, exist_ok=True)
+    with exclusive(workdir), StopSignals() as signals:
+        everything = sweep.runs(workdir)
+        records = {one.path: finished(one) for one in everything}  # complains before any work
+        waiting = [one for one in everything if records[one.path] is None]
+        done = len(everything) - len(waiting)
+        _say(progress, f"{len(everything)} runs, {done} of them finished already, in {workdir}")
+        began, cell, trainer = time.perf_counter(), None, None
+        for number, one in enumerate(waiting, 1):
+            if one.cell is not cell:
+                # A copy: its compiled programs go when the next cell comes.
+                cell, trainer = one.cell, dataclasses.replace(one.cell.trainer)
+            record = _run_one(one, trainer, signals, progress)
+            if record is not None:
+                records[one.path] = record
+                _save(one, record)
+                left = (time.perf_counter() - began) / number * (len(waiting) - number)
+                place = f"[{number}/{len(waiting)}]"
+                _say(progress, f"{place} {_line(one, record)}; {duration(left)} left")
+            if signals.received(number):
+                break
+        found = [(one, record) for one in everything if (record := records[one.path])]
+        return found, None if len(found) == len(everything) else signals.received(0)
+
+
+def _run_one(one: Run, trainer: TaskTrainer, signals: StopSignals, progress: bool) -> Record | None:
+    """The result of a run, or None when a signal stopped it."""
+    with tqdm(
+        total=trainer.train.steps,
+        desc=one.name,
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        # In a log file the old bars would bury the lines.
+        disable=not progress or not sys.stderr.isatty(),
+    ) as bar:
+
+        def keep_going(step: int, loss: float) -> bool:
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+            return signals.received(step) is None
+
+        try:
+            outcome = trainer.run(one.seed, one.lr, keep_going=keep_going)
+        except Stopped:
+            return None
+    return _record(trainer, outcome)
+
+
+def _record(trainer: TaskTrainer, outcome: Outcome) -> Record:
+    score = outcome.score
+    return Record(
+        accuracy=score.accuracy,
+        exact=score.exact,
+        loss=score.loss if math.isfinite(score.loss) else None,
+        rows=score.rows,
+        steps=outcome.steps,
+        seconds=outcome.seconds,
+        diverged=outcome.diverged,
+        parameters=trainer.parameters,
+        state_bytes=recall.state_bytes(trainer.model),
+    )
+
+
+def _line(one: Run, record: Record) -> str:
+    after = f"{record.steps} steps, {duration(record.seconds)}"
+    if record.diverged is not None:
+        return f"{one.name}: diverged ({after})"
+    return f"{one.name}: accuracy {record.accuracy:.3f} ({after})"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 8 s, 3 min 20 s, 2 h 5 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        tqdm.write(text, file=sys.stderr)
