@@ -8,7 +8,6 @@ not repeated, and one that was stopped goes on where it was. The table goes to s
 with every figure to compare.json beside the runs.
 """
 
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -28,15 +27,12 @@ SMOKE = flags.DEFINE_bool("smoke", False, "runs of seconds, to see that everythi
 
 
 def main() -> int:
-    spec = importlib.util.spec_from_file_location("compare_config", CONFIG)
-    configs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(configs)
     root = pathlib.Path(WORKDIR.value)
     cli.use_compilation_cache(str(root))
     rows = []
     for block in BLOCKS.value:
         for seed in SEEDS.value:
-            config = configs.get_config(f"{block}_smoke" if SMOKE.value else block)
+            config = cli.load_config(f"{CONFIG}:{block}{'_smoke' if SMOKE.value else ''}")
             config.seed = int(seed)
             workdir = str(root / f"{block}-{seed}")
             print(f"== {block}, seed {seed}", flush=True)

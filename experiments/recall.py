@@ -20,7 +20,7 @@ from absl import flags
 from memjax.training import cli, sweep
 from memjax.training.signals import EXIT_CODES
 
-CONFIG = cli.define_config()
+CONFIG = cli.define_config(of_training=False)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep (default: the config's)")
 MODELS = flags.DEFINE_list("models", None, "names of the config's models to run (default: all)")
 TASKS = flags.DEFINE_list("tasks", None, "names of the config's tasks to run (default: all)")

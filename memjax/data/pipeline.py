@@ -26,18 +26,31 @@ _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a config's `data` section may hold."""
+    """What a config's `data` section may hold.
 
-    source: str = "stdlib"  # "stdlib", a file, folder or glob, .gz too, or "hf:name"
-    validation_source: str | None = None  # where validation comes from; None = split the source
-    validation_fraction: float = 0.05  # share of the source that is held out otherwise
-    tokenizer: str = "byte"  # or the path of a tokenizer json
-    align: int | None = None  # documents start at multiples of this; None = the caller's choice
-    separator: str | None = None  # cut files into documents at this text; None = one a file
-    column: str = "text"  # of a Hugging Face data set
-    subset: str | None = None  # of a Hugging Face data set
-    errors: str = "strict"  # or "replace", for text that is not UTF-8
-    cache: str | None = None  # folder to keep tokens and unpacked files in; None = in memory
+    Args:
+      source: "stdlib", a file, folder or glob, .gz too, or "hf:name".
+      validation_source: where validation text comes from; None splits the source.
+      validation_fraction: share of the source that is held out otherwise.
+      tokenizer: "byte", or the path of a tokenizer json.
+      align: documents start at multiples of this in a row; None leaves it to the caller.
+      separator: cut files into documents at this text; None: one document a file.
+      column: of a Hugging Face data set, where its text is.
+      subset: of a Hugging Face data set.
+      errors: "strict", or "replace" for text that is not UTF-8.
+      cache: folder to keep tokens and unpacked files in; None keeps them in memory.
+    """
+
+    source: str = "stdlib"
+    validation_source: str | None = None
+    validation_fraction: float = 0.05
+    tokenizer: str = "byte"
+    align: int | None = None
+    separator: str | None = None
+    column: str = "text"
+    subset: str | None = None
+    errors: str = "strict"
+    cache: str | None = None
 
     @classmethod
     def from_dict(cls, config: Any) -> "DataConfig":
@@ -52,6 +65,8 @@ class DataConfig:
                 near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"known: {sorted(known)}"
                 raise ValueError(f"unknown data config key {key!r}; {hint}")
+        if not isinstance(config.get("align"), int | None):
+            raise ValueError(f"align must be an integer or None, got {config['align']!r}")
         self = cls(**config)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
@@ -171,7 +186,7 @@ def make_pipeline(
     split: str,
     batch: int,
     context: int,
-    seed: int,
+    seed: int = 0,
     align: int = 1,
     process_index: int = 0,
     process_count: int = 1,

@@ -107,15 +107,15 @@ class LanguageModelConfig:
         heads: heads of every attention (and of every memory that does not say otherwise).
         pattern: names of the mixers (see `memjax.models.mixers`) of consecutive blocks, repeated.
         feed_forward: name of the feed-forward layer, or one for each name in `pattern`.
-        hidden: its hidden units; None: 8/3 dim, rounded up to a multiple of 128.
+        hidden: hidden units of that layer; None: 8/3 dim, rounded up to a multiple of 128.
         head_dim: dimension of a head; None: dim / heads.
         kv_heads: heads of keys and values; None: `heads`.
         qk_norm: normalise queries and keys of attention.
-        rope_base: of the rotary positions.
+        rope_base: base of the rotary positions.
         tied: use the embedding as the head.
         context: tokens that full attention can look back on; the length of a training row.
         window: tokens that sliding-window attention looks back on.
-        sinks: first tokens of the document that it sees besides.
+        sinks: first tokens of the document that such attention sees besides.
         segment: tokens that MAC reads at once.
         persistent: learned tokens in front of every segment or window of MAC, MAG and MAL.
         conv: width of the convolutions in front of a memory; 0: none.
@@ -220,7 +220,8 @@ class LanguageModelConfig:
         """The configuration that `to_dict` wrote, or that a file gives; lists count as tuples.
 
         Args:
-            values: the fields, `memory` as a mapping of its own.
+            values: the fields, `memory` as a mapping of its own; the names of `pattern` and
+                `feed_forward` may stand in one string, "mac,transformer".
 
         Raises:
             ValueError: an unknown key (the message names the nearest valid ones), a missing one, or
@@ -229,6 +230,11 @@ class LanguageModelConfig:
         values = dict(values)
         if isinstance(values.get("memory"), Mapping):
             values["memory"] = MemoryConfig.from_dict(values["memory"])
+        for name in ("pattern", "feed_forward"):
+            if name in values:
+                values[name] = _split(values[name])
+        if isinstance(values.get("pattern"), str):
+            values["pattern"] = (values["pattern"],)
         return _from_dict(cls, "", values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,6 +254,16 @@ def _at_least(
             raise ValueError(
                 f"{prefix}{name} must be an integer of at least {least}{extra}, got {value!r}"
             )
+
+
+def _split(names: Any) -> Any:
+    """Names in a string with commas as a tuple; a single name is left as it is."""
+    if isinstance(names, str) and "," in names:
+        return tuple(name.strip() for name in names.split(","))
+    if isinstance(names, tuple | list):  # a flag gives ("mac,transformer",)
+        split = [_split(name) for name in names]
+        return tuple(x for name in split for x in (name if isinstance(name, tuple) else (name,)))
+    return names
 
 
 def _from_dict(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:

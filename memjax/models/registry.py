@@ -27,16 +27,23 @@ class Registry:
     def register(self, name: str) -> Callable[[Builder], Builder]:
         """A decorator that registers a builder: `@register("name")`.
 
+        A function that is defined again, in the same module and by the same name, takes the place
+        of its older self: a notebook cell or a config file may run twice.
+
         Args:
             name: how configurations call it.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken by another builder.
         """
-        if name in self.names():
-            raise ValueError(f"the {self.kind} {name!r} is registered already; choose another name")
 
         def add(builder: Builder) -> Builder:
+            known = self._builders.get(name)
+            if name in self.reserved or (known is not None and _origin(known) != _origin(builder)):
+                by = "" if known is None else ", by {}.{}".format(*_origin(known))
+                raise ValueError(
+                    f"the {self.kind} {name!r} is registered already{by}; choose another name"
+                )
             self._builders[name] = builder
             return builder
 
@@ -55,6 +62,12 @@ class Registry:
         """
         self.check(name)
         return self._builders[name](*args, **kwargs)
+
+
+def _origin(builder: Callable[..., Any]) -> tuple[Any, Any]:
+    """Where a builder was defined: its module and its name there, or itself if it has none."""
+    name = getattr(builder, "__qualname__", "<lambda>")
+    return builder.__module__, builder if name.endswith("<lambda>") else name
 
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:

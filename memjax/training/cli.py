@@ -1,10 +1,13 @@
 """The command line of the experiments: a config file with overrides, errors that say what to do."""
 
+import functools
 import importlib.util
 import os
 import pathlib
 import re
 import sys
+import types
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,15 +15,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from memjax.training import help as help_lib
 from memjax.training.checkpoint import DamagedError, MismatchError
-from memjax.training.config import nearest
+from memjax.training.config import complete, nearest
 from memjax.training.metrics import NonFiniteError
 
 flags.disclaim_key_flags()  # --help shows them as the script's own
 HELP = (
     "config file, with its variant after a colon (configs/quickstart.py:smoke); every field of it"
     " can be overridden: --config.train.lr=1e-3, --config.mesh.data=8,"
-    " --config.model.pattern=\"('mac', 'transformer')\""
+    " --config.model.pattern=mac,transformer"
 )
 USER_ERRORS = (
     ValueError,
@@ -32,10 +36,29 @@ USER_ERRORS = (
 )
 
 
-def define_config() -> flags.FlagHolder:
-    """Defines `--config` and its overrides, and `--traceback`."""
+class _ConfigParser(flags.ArgumentParser):
+    """What `--config` takes: the file runs once, here and for the checks before."""
+
+    def __init__(self, of_training: bool):
+        self.of_training = of_training
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config(argument).lock()
+
+
+def define_config(*, of_training: bool = True) -> flags.FlagHolder:
+    """Defines `--config` and its overrides, and `--traceback`.
+
+    Args:
+      of_training: its fields are those of `complete`; `--help` lists them without a file too.
+
+    Returns:
+      The holder of the configuration, which is None without `--config`.
+    """
     flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
-    return config_flags.DEFINE_config_file("config", None, HELP)
+    holder = config_flags.DEFINE_config_file("config", None, HELP)
+    flags.FLAGS["config"].parser = _ConfigParser(of_training)
+    return holder
 
 
 def configs_there() -> str:
@@ -48,6 +71,8 @@ def configs_there() -> str:
 def load_config(argument: str) -> ConfigDict:
     """What a config file gives.
 
+    The file runs once in a process, unless it has changed: it may register mixers.
+
     Args:
       argument: `path` or `path:variant`.
 
@@ -55,7 +80,8 @@ def load_config(argument: str) -> ConfigDict:
       Its `get_config(variant)`.
 
     Raises:
-      ValueError: no such file, no `get_config` in it, or a variant that it does not know.
+      ValueError: no such file, an import in it that fails, no `get_config` in it, or a variant
+        that it does not know.
     """
     path, _, variant = argument.partition(":")
     if not os.path.isfile(path):
@@ -64,12 +90,29 @@ def load_config(argument: str) -> ConfigDict:
         names = [os.path.join(os.path.dirname(path), f) for f in found if f.endswith(".py")]
         hint = nearest(path, names) if names else "give the path of a config file"
         raise ValueError(f"config file {path!r} does not exist: {hint}")
-    spec = importlib.util.spec_from_file_location("memjax_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = _module(os.path.abspath(path), os.stat(path).st_mtime_ns)
+    except ImportError as error:
+        raise ValueError(f"config file {path} cannot be loaded: {error}") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config(variant), so it is no config file")
     return module.get_config(variant) if variant else module.get_config()
+
+
+@functools.lru_cache
+def _module(path: str, changed: int) -> types.ModuleType:
+    """The module of a config file, run once for each time at which it was changed."""
+    stem = re.sub(r"\W", "_", pathlib.Path(path).stem)
+    name = f"memjax_config_{stem}_{zlib.crc32(path.encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look it up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> dict[str, bool]:
@@ -83,6 +126,19 @@ def _keys(config: ConfigDict, prefix: str = "") -> dict[str, bool]:
     return keys
 
 
+def _config_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What `--config` was given, and the names of the overrides."""
+    argument, overrides = None, []
+    for i, arg in enumerate(argv):
+        if arg == "--":
+            break
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            argument = match[1] if match[1] is not None else (argv[i + 1 : i + 2] or [None])[0]
+        elif match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=.*)?", arg):
+            overrides.append(match[1])
+    return argument, overrides
+
+
 def check(argv: Sequence[str]) -> None:
     """Checks the config file and the names of the overrides before the flags are parsed.
 
@@ -93,14 +149,7 @@ def check(argv: Sequence[str]) -> None:
       ValueError: what `load_config` raises; an override of a field that the configuration does not
         have, with the nearest ones; overrides without a config file.
     """
-    argument, overrides = None, []
-    for i, arg in enumerate(argv):
-        if arg == "--":
-            break
-        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
-            argument = match[1] if match[1] is not None else (argv[i + 1 : i + 2] or [None])[0]
-        elif match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=.*)?", arg):
-            overrides.append(match[1])
+    argument, overrides = _config_arguments(argv)
     if argument is None:
         if overrides:
             raise ValueError(f"--config.{overrides[0]} needs --config=FILE before it")
@@ -114,13 +163,35 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    if not any(re.match(r"--?help", arg) for arg in argv):
-        try:
+    try:
+        if any(re.fullmatch(r"--?(help|helpshort|\?)", arg) for arg in argv):
+            _help(argv)
+            sys.exit(0)
+        if not any(re.match(r"--?help", arg) for arg in argv):
             check(argv)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except (ValueError, flags.Error) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _help(argv: Sequence[str]) -> None:
+    """Prints what the script does, its flags, and the fields of the configuration."""
+    text = ""
+    if "config" in flags.FLAGS:
+        argument, _ = _config_arguments(argv)
+        text = "\nfields of the configuration"
+        if argument is not None:
+            text += f", as in {argument}:\n\n{help_lib.fields(load_config(argument))}\n"
+        elif flags.FLAGS["config"].parser.of_training:
+            text += ", with their defaults (add --config=FILE for those of a file):\n\n"
+            text += f"{help_lib.fields(complete({}))}\n"
+        else:
+            text += ": add --config=FILE, which decides what they are\n"
+    app.usage(shorthelp=True, writeto_stdout=True)
+    print(text, end="")
 
 
 def use_compilation_cache(workdir: str) -> None:

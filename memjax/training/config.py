@@ -8,6 +8,7 @@ and the file that is stored beside the results says everything.
 
 import dataclasses
 import difflib
+import numbers
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,9 +34,12 @@ class TrainConfig:
       final_lr: learning rate at the end of the cosine, as a fraction of `lr`.
       weight_decay: decoupled decay, times the learning rate; see `optimizer.decay_mask`.
       clip: global gradient norm to clip to; None turns it off.
-      beta1, beta2, eps: of Adam; Muon's own momentum is 0.95.
-      log_every, checkpoint_every: in steps.
-      evaluate_every: in steps; None evaluates only at the end.
+      beta1: decay of Adam's mean of gradients; Muon's own momentum is 0.95.
+      beta2: decay of Adam's mean of squared gradients.
+      eps: of Adam, added to the root of that mean.
+      log_every: steps between two log lines.
+      checkpoint_every: steps between two checkpoints.
+      evaluate_every: steps between two evaluations; None evaluates only at the end.
       keep: newest checkpoints kept; None keeps all.
       resume: continue from the newest checkpoint of the work directory.
       on_damage: "stop", or "previous" to set a damaged newest checkpoint aside and use the one
@@ -111,7 +115,14 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The `mesh` section: the size of each mesh axis; -1 (for one of them) takes what is left."""
+    """The `mesh` section; a size of -1 (for one axis) takes the devices that are left.
+
+    Args:
+      data: devices that split the rows of a batch.
+      fsdp: devices that split the rows, the parameters and the optimiser's state.
+      tensor: devices that split heads and hidden units.
+      sequence: devices that split the tokens of a row.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -170,13 +181,33 @@ def section(cls: type, name: str, values: Mapping[str, Any]) -> Any:
       An instance of `cls`.
 
     Raises:
-      ValueError: a key that the section does not have, with the nearest valid ones.
+      ValueError: a key that the section does not have, with the nearest valid ones; a value that is
+        not of the field's type.
     """
-    valid = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in valid:
-            raise ValueError(f"unknown key {name}.{key}: {nearest(key, valid)}")
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"unknown key {name}.{key}: {nearest(key, types)}")
+        kinds = typing.get_args(types[key]) or (types[key],)
+        if not any(_is(value, kind) for kind in kinds):
+            wanted = " or ".join(_WORDS[kind] for kind in kinds)
+            raise ValueError(f"{name}.{key} must be {wanted}, got {value!r}")
     return cls(**dict(values))
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    type(None): "None",
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
 
 
 def plain(values: Any) -> Any:
@@ -211,14 +242,33 @@ def _merge(defaults: Any, given: Any) -> Any:
     return given
 
 
-def _overridable(values: Mapping[str, Any]) -> ConfigDict:
-    """A ConfigDict in which the fields that are None can be given any value by a flag."""
+def overridable(values: Mapping[str, Any], cls: type | None = None) -> ConfigDict:
+    """A ConfigDict whose fields take from a flag whatever their type allows.
+
+    A flag takes values of the type of the one that is there. Where that would be too narrow (a
+    field that may be None, or a name or a tuple of names) it takes any, and the field's own check
+    judges it.
+
+    Args:
+      values: the fields; sections in them are mappings.
+      cls: the dataclass that they are of; None lets only the fields that are None take any value.
+
+    Returns:
+      The fields with their values.
+    """
+    types = {} if cls is None else {field.name: field.type for field in dataclasses.fields(cls)}
     config = ConfigDict()
     for key, value in values.items():
+        kind = types.get(key)
+        origins = {typing.get_origin(part) or part for part in typing.get_args(kind)}
         if isinstance(value, Mapping):
-            config[key] = _overridable(value)
+            config[key] = overridable(value, kind if dataclasses.is_dataclass(kind) else None)
         elif value is None:
             config[key] = config_dict.placeholder(object)
+        elif typing.get_origin(kind) is tuple:
+            config[key] = (value,) if isinstance(value, str) else value
+        elif origins & {tuple, type(None)}:
+            config[key] = config_dict.FieldReference(value, field_type=object)
         else:
             config[key] = value
     return config
@@ -243,19 +293,17 @@ def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     values: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
         defaults = _defaults(cls)
+        if not isinstance(given.get(name, {}), Mapping):
+            raise ValueError(f"section {name} must be a mapping, got {given[name]!r}")
         for key in given.get(name, {}):
             if key not in defaults:
                 raise ValueError(f"unknown key {name}.{key}: {nearest(key, defaults)}")
         values[name] = _merge(defaults, given.get(name, {}))
     values["seed"] = given.get("seed", 0)
     values["workdir"] = given.get("workdir", "runs/default")
-    config = _overridable(values)
+    config = overridable({name: values[name] for name in ENTRIES})
     for name, cls in SECTIONS.items():
-        for field in dataclasses.fields(cls):
-            # A flag takes the type of the value that is there; None would not be of it.
-            if type(None) in typing.get_args(field.type) and values[name][field.name] is not None:
-                value = config_dict.FieldReference(values[name][field.name], field_type=object)
-                config[name][field.name] = value
+        config[name] = overridable(values[name], cls)
     return config
 
 

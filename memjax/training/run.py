@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from memjax import data, sharding
-from memjax.models import LanguageModel, LanguageModelConfig
+from memjax.models import LanguageModel, LanguageModelConfig, feed_forwards, mixers
 from memjax.training import checkpoint
 from memjax.training import config as config_lib
 from memjax.training import optimizer as optimizer_lib
@@ -155,6 +155,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Run:
       ValueError: an unknown key, a value out of range, a mesh that the devices do not fill.
     """
     values = config_lib.plain(config_lib.complete(config))
+    data.DataConfig.from_dict(values["data"])
     tokenizer = data.make_tokenizer(values["data"]["tokenizer"])
     if values["model"]["vocab"] is None:
         values["model"]["vocab"] = tokenizer.vocab
@@ -164,6 +165,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Run:
             f" of data.tokenizer {values['data']['tokenizer']!r}; leave model.vocab out"
         )
     model = LanguageModelConfig.from_dict(values["model"])
+    values["model"] = config_lib.plain(model)
     train = config_lib.section(TrainConfig, "train", values["train"])
     evaluate = config_lib.section(EvaluateConfig, "evaluate", values["evaluate"])
     sizes = dataclasses.asdict(config_lib.section(MeshConfig, "mesh", values["mesh"]))
@@ -195,13 +197,15 @@ def load(
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ValueError: the model has a mixer or feed-forward layer that nothing has registered.
       MismatchError: the checkpoint is of another model than `config` describes.
       DamagedError: its files are damaged.
     """
     given = {} if config is None else config_lib.plain(config)
     directory = checkpoint_dir(given, workdir)
     if config is None:
-        _, given = checkpoint.read_config(directory, step)
+        step, given = checkpoint.read_config(directory, step)
+        _check_registered(given["model"], f"the checkpoint of step {step} in {directory}")
     run = build(given)
     identity = run.identity
     identity["model"].pop("context")  # a model may be read with a longer one
@@ -209,6 +213,21 @@ def load(
         directory, run.abstract_params, identity=identity, step=step
     )
     return run, step, params
+
+
+def _check_registered(model: Mapping[str, Any], where: str) -> None:
+    """Raises a ValueError where a saved model has parts that are not of memjax, nor registered."""
+    feed_forward = model["feed_forward"]
+    for registry, names in (
+        (mixers.registry, model["pattern"]),
+        (feed_forwards.registry, [feed_forward] if isinstance(feed_forward, str) else feed_forward),
+    ):
+        for name in names:
+            if name not in registry.names():
+                raise ValueError(
+                    f"{where} has the {registry.kind} {name!r}, which nothing has registered here:"
+                    " give --config=FILE that registers it (from Python, import what does first)"
+                )
 
 
 def checkpoint_dir(config: Mapping[str, Any], workdir: str) -> str:

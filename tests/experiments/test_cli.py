@@ -1,5 +1,6 @@
 """The command lines: configs, overrides, errors in one line, and the scripts end to end."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -8,9 +9,11 @@ import sys
 import pytest
 
 from memjax import models
-from memjax.training import cli
+from memjax.models import mixers
+from memjax.training import cli, complete
+from memjax.training import help as help_lib
 from memjax.training import run as run_lib
-from memjax.training.config import plain
+from memjax.training.config import SECTIONS, plain
 from tests.training import helpers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -38,6 +41,51 @@ def flag(name):
 def test_unknown_overrides_name_the_nearest(arguments, message):
     with pytest.raises(ValueError, match=message):
         cli.check(["train.py", flag("quickstart.py"), *arguments])
+
+
+MIXER = """
+from memjax.models import mixers
+from memjax.training import complete
+
+
+@mixers.register("my_swa")
+def my_swa(config, rngs):
+    return mixers.build("swa", config, rngs)
+
+
+def get_config(variant=""):
+    return complete({"model": {"pattern": ("my_swa",)}})
+"""
+
+
+def test_a_config_file_runs_once(tmp_path):
+    """The checks before the flags, the flag and a caller all load it; it may register a mixer."""
+    path = tmp_path / "my.config.py"
+    path.write_text(MIXER)
+    first, second = (cli.load_config(f"{path}{variant}") for variant in ("", ":x"))
+    assert first == second
+    assert first is not second, "what one of them overrides is not the other's"
+    builder = mixers.registry._builders["my_swa"]
+    cli.check(["train.py", f"--config={os.path.relpath(path)}"])
+    assert mixers.registry._builders["my_swa"] is builder
+    # Changed, it runs again, and its mixer takes the place of the old one.
+    path.write_text(MIXER.replace("complete({", "complete({'seed': 5, "))
+    os.utime(path, ns=(1, 1))
+    assert cli.load_config(str(path)).seed == 5
+    assert mixers.registry._builders["my_swa"] is not builder
+    # Another file may not take the name.
+    other = tmp_path / "other.py"
+    other.write_text(MIXER)
+    with pytest.raises(ValueError, match=r"'my_swa' is registered already, by memjax_c"):
+        cli.load_config(str(other))
+
+
+def test_an_import_that_fails_names_the_file(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("import nowhere_at_all\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"bad.py cannot be loaded: No module .*nowhere"):
+            cli.load_config(str(path))
 
 
 def test_known_overrides_pass():
@@ -172,10 +220,32 @@ def test_the_whole_way(setting):
     assert "Traceback" not in other.stderr
 
 
+def test_a_mixer_of_ones_own(setting):
+    """Its config file registers it, for training and for all that reads the model afterwards."""
+    script, folder = setting
+    values = helpers.config(folder / "corpus", model={"pattern": "my_swa"}, train={"steps": 2})
+    text = MIXER.replace('{"model": {"pattern": ("my_swa",)}}', repr(values))
+    (folder / "mixer.py").write_text(text)
+    config, workdir = f"--config={folder / 'mixer.py'}", f"--workdir={folder / 'mixer'}"
+    done = script("train.py", config, workdir)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: validation loss" in done.stdout
+    done = script("evaluate.py", workdir)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the checkpoint of step 2 in ")
+    assert "the mixer 'my_swa', which nothing has registered here: give --config" in done.stderr
+    done = script("generate.py", config, workdir, "--length=4", "--prompt=a")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["train.py", "--config.train.lrr=1"], 2, "did you mean 'train.lr'"),
+        (["train.py", "--config.train.lr=abc"], 2, "could not convert string to float: 'abc'"),
+        (["train.py", "--config.train.clip=abc"], 1, "train.clip must be a number or None"),
+        (["train.py", "--wrkdir=runs/x"], 2, "Did you mean: workdir"),
         (["train.py", "--config.mesh.data=3"], 1, "data=3"),
         (["train.py", "--workdir=FILE", "--config.train.clip=None"], 1, "File exists"),
         (["generate.py", "--workdir=nowhere"], 1, "does not exist: train first"),
@@ -206,3 +276,27 @@ def test_help_helps(setting, name):
     assert f"python experiments/{name}" in text
     assert "--config: config file" in text
     assert "--workdir" in text
+    assert "\n  --config.train.lr=0.001\n    peak learning rate.\n" in text
+    assert "\n  --config.model.pattern=transformer\n" in text
+
+
+def test_help_shows_the_values_of_a_file(setting):
+    script, folder = setting
+    done = script("train.py", "--help", f"--config={folder / 'tiny.py'}")
+    assert done.returncode == 0
+    assert f"as in {folder / 'tiny.py'}:" in done.stdout
+    assert "\n  --config.model.dim=16\n    model dimension.\n" in done.stdout
+
+
+def test_every_field_is_described():
+    values = plain(complete({}))
+    lines = help_lib.fields(complete({})).splitlines()
+    for section, cls in {**SECTIONS, "model.memory": models.MemoryConfig}.items():
+        for field in dataclasses.fields(cls):
+            if field.name != "memory":
+                flag = f"  --config.{section}.{field.name}="
+                (at,) = (i for i, line in enumerate(lines) if line.startswith(flag))
+                assert lines[at + 1].startswith("    "), flag
+    assert "  --config.train.lr=0.001" in lines
+    assert f"  --config.seed={values['seed']}" in lines
+    assert all(len(line) <= 100 for line in lines)

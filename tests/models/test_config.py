@@ -22,6 +22,21 @@ def test_round_trip_through_json():
     assert hash(LanguageModelConfig.from_dict(plain)) == hash(config)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["swa,transformer", "swa, transformer", ("swa,transformer",), ["swa", "transformer"]]
+)
+def test_names_may_stand_in_one_string(pattern):
+    values = config_of().to_dict() | {"layers": 2, "pattern": pattern}
+    assert LanguageModelConfig.from_dict(values).pattern == ("swa", "transformer")
+    values |= {"pattern": "swa", "feed_forward": "swiglu"}
+    single = LanguageModelConfig.from_dict(values)
+    assert (single.pattern, single.feed_forward) == (("swa",), "swiglu")
+    values |= {"pattern": pattern, "feed_forward": "swiglu,none"}
+    assert LanguageModelConfig.from_dict(values).feed_forward == ("swiglu", "none")
+    with pytest.raises(ValueError, match="unknown mixer 'transformr'; did you mean 'transformer'"):
+        LanguageModelConfig.from_dict(values | {"pattern": "swa,transformr"})
+
+
 def test_memory_round_trip():
     memory = MemoryConfig(heads=2, chunk=8)
     assert MemoryConfig.from_dict(memory.to_dict()) == memory
@@ -112,10 +127,28 @@ def test_registry():
     assert registry.build("double", 4) == 8
     assert double(4) == 8
     assert registry.names() == ("double", "none")
-    with pytest.raises(ValueError, match="the thing 'double' is registered already"):
-        registry.register("double")
+    with pytest.raises(ValueError, match=r"the thing 'double' is registered already, by .*double;"):
+        registry.register("double")(lambda x: x)
+    with pytest.raises(ValueError, match="the thing 'none' is registered already; choose"):
+        registry.register("none")(double)
     with pytest.raises(ValueError, match="unknown thing 'duoble'; did you mean 'double'"):
         registry.build("duoble", 4)
+
+
+def test_a_builder_that_is_defined_again_replaces_itself():
+    """As a notebook cell or a config file that runs twice does."""
+    registry = Registry("thing")
+    for factor in (2, 3):
+
+        @registry.register("scaled")
+        def scaled(x, factor=factor):
+            return factor * x
+
+    assert registry.build("scaled", 4) == 12
+    assert registry.names() == ("scaled",)
+    scaled.__module__ = "another"
+    with pytest.raises(ValueError, match=r"registered already, by another\."):
+        registry.register("scaled")(lambda x: x)
 
 
 def test_builtin_names():

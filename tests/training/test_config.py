@@ -1,7 +1,10 @@
 """Configurations: defaults, unknown keys, bad values."""
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from memjax import models
 from memjax.training import config as config_lib
 from memjax.training import run as run_lib
 from tests.training import helpers
@@ -24,6 +27,51 @@ def test_fields_that_are_none_can_be_set():
     assert config_lib.plain(config)["train"]["context"] == 32
 
 
+def given(config, *overrides):
+    """A configuration after a command line."""
+    argv = ["train.py", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    return holder.value
+
+
+def test_nested_fields_can_be_none():
+    """A rule that fixes a part of its memory needs the field of the config file to go."""
+    file = {"model": {"memory": {"expansion": 2}}}
+    config = given(
+        config_lib.complete(file),
+        "--config.model.memory.rule=ttt_linear",
+        "--config.model.memory.expansion=None",
+        "--config.train.clip=None",
+    )
+    assert config.model.memory.expansion is None
+    assert config.model.memory.rule == "ttt_linear"
+    assert config.train.clip is None
+    memory = config_lib.plain(config)["model"]["memory"]
+    assert models.MemoryConfig.from_dict(memory).build().structure.depth == 1
+    config = given(config_lib.complete(file), "--config.model.memory.expansion=3")
+    assert config.model.memory.expansion == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--config.model.pattern=swa,transformer"],
+        ["--config.model.pattern=('swa', 'transformer')"],
+        ["--config.model.pattern=swa", "--config.model.pattern=transformer"],
+    ],
+)
+@pytest.mark.parametrize("file", ["mac", ("mac",)])
+def test_patterns_on_the_command_line(corpus, file, overrides):
+    values = helpers.config(corpus, model={"pattern": file, "layers": 2})
+    config = given(config_lib.complete(values), *overrides, "--config.model.feed_forward=none,none")
+    run = run_lib.build(config)
+    assert run.model.pattern == ("swa", "transformer")
+    assert run.model.feed_forward == ("none", "none")
+    assert run.config["model"]["pattern"] == ("swa", "transformer")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -42,6 +90,12 @@ def test_unknown_keys_name_the_nearest(values, message):
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
+        ("train", {"context": "abc"}, r"train.context must be an integer or None, got 'abc'"),
+        ("train", {"clip": "off"}, r"train.clip must be a number or None, got 'off'"),
+        ("train", {"steps": True}, r"train.steps must be an integer, got True"),
+        ("mesh", {"data": 1.5}, r"mesh.data must be an integer, got 1.5"),
+        ("data", {"align": "abc"}, r"align must be an integer or None, got 'abc'"),
+        ("evaluate", 3, "section evaluate must be a mapping, got 3"),
         ("train", {"steps": 0}, "train.steps must be at least 1"),
         ("train", {"batch": 5, "accumulate": 2}, "multiple of train.accumulate 2"),
         ("train", {"warmup": 9}, "train.warmup 9 must lie between 0 and train.steps 6"),

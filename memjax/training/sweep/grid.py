@@ -23,10 +23,13 @@ TRAIN = (
     *("steps", "batch", "accumulate", "optimizer", "warmup", "final_lr", "weight_decay"),
     *("clip", "beta1", "beta2", "eps", "log_every"),
 )
-_DEFAULTS = {
-    "train": {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name in TRAIN},
-    "score": {f.name: f.default for f in dataclasses.fields(ScoreConfig)},
-    "mesh": {f.name: f.default for f in dataclasses.fields(MeshConfig)},
+_SECTIONS = {
+    "train": (
+        TrainConfig,
+        {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name in TRAIN},
+    ),
+    "score": (ScoreConfig, {f.name: f.default for f in dataclasses.fields(ScoreConfig)}),
+    "mesh": (MeshConfig, {f.name: f.default for f in dataclasses.fields(MeshConfig)}),
 }
 NAMED = ("tasks", "models")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
@@ -131,24 +134,27 @@ def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
       ValueError: an unknown section or key, with the nearest valid ones; no tasks or no models.
     """
     given = config_lib.plain(config)
-    sections = [*NAMED, "model", *_DEFAULTS, *ENTRIES]
+    sections = [*NAMED, "model", *_SECTIONS, *ENTRIES]
     for key in given:
         if key not in sections:
             raise ValueError(f"unknown section {key}: {nearest(key, sections)}")
-    values: dict[str, Any] = {}
+    config = ConfigDict()
     for name in NAMED:
         if not isinstance(given.get(name), Mapping) or not given[name]:
             raise ValueError(f"a sweep needs {name}: a mapping from names to settings")
-        values[name] = given[name]
-    values["model"] = given.get("model", {})
-    for name, defaults in _DEFAULTS.items():
+        config[name] = config_lib.overridable(given[name])
+    for name, fields in given["models"].items():
+        if isinstance(fields, Mapping):
+            config.models[name] = config_lib.overridable(fields, LanguageModelConfig)
+    config.model = config_lib.overridable(given.get("model", {}), LanguageModelConfig)
+    for name, (cls, defaults) in _SECTIONS.items():
         for key in given.get(name, {}):
             if key not in defaults:
                 raise ValueError(f"unknown key {name}.{key}: {nearest(key, defaults)}")
-        values[name] = {**defaults, **given.get(name, {})}
+        config[name] = config_lib.overridable({**defaults, **given.get(name, {})}, cls)
     for name, default in ENTRIES.items():
-        values[name] = given.get(name, default)
-    return ConfigDict(values)
+        config[name] = given.get(name, default)
+    return config
 
 
 def read(
