@@ -188,7 +188,7 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, int]]:
         where = f"checkpoint {self.directory}/{step}"
         stored = _reading(where, lambda: _read_config(self._manager, step))
-        _compare_identity(where, stored["identity"], self._identity)
+        _compare_identity(where, stored, self._identity)
         shapes = _reading(where, lambda: self._manager.item_metadata(step)["state"].tree)
         wanted = flatten(like)
         _compare_shapes(where, shapes["state"], wanted)
@@ -275,14 +275,33 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, tree: Any, *, partia
     )["state"]
 
 
-def _compare_identity(where: str, saved: Any, current: Any) -> None:
+def _compare_identity(
+    where: str, stored: Mapping[str, Any], current: Any, *, partial: bool = False
+) -> None:
+    saved = _restrict(stored["identity"], current) if partial else stored["identity"]
     found = config_lib.difference(saved, current)
-    if found:
-        name, there, here = found
-        raise MismatchError(
-            f"{where} was made with {name} = {there!r}, but this run has {here!r}: give"
-            f" --config.{name}={there!r} to continue it, or another --workdir to start anew"
-        )
+    if not found:
+        return
+    name, there, here = found
+    if name in ("model.vocab", "data.tokenizer") and saved["data"] != current["data"]:
+        raise MismatchError(_other_tokenizer(where, stored, saved, current))
+    raise MismatchError(
+        f"{where} was made with {name} = {there!r}, but this run has {here!r}: give"
+        f" --config.{name}={there!r} to continue it, or another --workdir to start anew"
+    )
+
+
+def _other_tokenizer(where: str, stored: Mapping[str, Any], saved: Any, current: Any) -> str:
+    """What to say of two tokenizers, whose vocabularies may be the model's only difference."""
+    there, here = saved["data"]["tokenizer"], current["data"]["tokenizer"]
+    sizes = saved["model"]["vocab"], current["model"]["vocab"]
+    given = stored["config"]["data"]["tokenizer"]  # a path, whose file may be another one by now
+    file = "" if given == there else " (that file as it was then)"
+    return (
+        f"{where} was made with the tokenizer {there!r} (model.vocab = {sizes[0]}), but this run"
+        f" has {here!r} (model.vocab = {sizes[1]}): give --config.data.tokenizer={given!r}{file}"
+        f" and --config.model.vocab={sizes[0]} to continue it, or another --workdir to start anew"
+    )
 
 
 def _restrict(saved: Any, like: Any) -> Any:
@@ -388,7 +407,7 @@ def read_params(
     """
     manager, step, where = _newest(directory, step)
     stored = _reading(where, lambda: _read_config(manager, step))
-    _compare_identity(where, _restrict(stored["identity"], identity), config_lib.plain(identity))
+    _compare_identity(where, stored, config_lib.plain(identity), partial=True)
     shapes = _reading(where, lambda: manager.item_metadata(step)["state"].tree)["state"]
     wanted = {f"params/{name}": leaf for name, leaf in flatten(like).items()}
     _compare_shapes(where, {k: v for k, v in shapes.items() if k.startswith("params/")}, wanted)

@@ -110,12 +110,41 @@ def test_a_checkpoint_of_another_model_is_refused(saved, corpus, sections, messa
     assert checkpoints.steps() == [1, 2]
 
 
-def test_another_tokenizer_is_refused(saved, corpus):
+@pytest.mark.parametrize("vocab", [384, 640])
+def test_another_tokenizer_is_refused(saved, corpus, vocab):
+    """The vocabulary follows from the tokenizer: the message names what the user changed."""
     run, folder = saved
-    identity = {**run.identity, "data": {"tokenizer": "bpe-1"}}
+    model = {**run.identity["model"], "vocab": vocab}
+    identity = {"model": model, "data": {"tokenizer": "bpe-600-12345678"}}
     other = Checkpoints(str(folder), identity=identity, config=run.config)
-    with pytest.raises(MismatchError, match=r"data.tokenizer = 'byte', but this run has 'bpe-1'"):
+    message = (
+        r"made with the tokenizer 'byte' \(model.vocab = 384\), but this run has"
+        rf" 'bpe-600-12345678' \(model.vocab = {vocab}\): give --config.data.tokenizer='byte' and"
+    )
+    with pytest.raises(MismatchError, match=message):
         other.restore(run.abstract_state)
+    with pytest.raises(MismatchError, match=message):
+        checkpoint.read_params(str(folder), run.abstract_params, identity=identity)
+
+
+def test_a_tokenizer_file_is_named(corpus, tmp_path):
+    run = helpers.make_run(corpus)
+    config = {**run.config, "data": {**run.config["data"], "tokenizer": "my/bpe.json"}}
+    identity = {**run.identity, "data": {"tokenizer": "bpe-384-12345678"}}
+    there = Checkpoints(str(tmp_path), identity=identity, config=config)
+    there.save(helpers.start(corpus, step=1), helpers.DATA)
+    there.close()
+    with pytest.raises(
+        MismatchError, match=r"'bpe-384-12345678' .*tokenizer='my/bpe.json' \(that file"
+    ):
+        helpers.open_checkpoints(run, tmp_path).restore(run.abstract_state)
+
+
+def test_another_vocabulary_alone_is_named(saved, corpus):
+    _, folder = saved
+    other = run_lib.build(helpers.config(corpus, model={"vocab": 512}))
+    with pytest.raises(MismatchError, match=r"model.vocab = 384, but this run has 512: give --con"):
+        helpers.open_checkpoints(other, folder).restore(other.abstract_state)
 
 
 def test_arrays_of_another_shape_are_refused(saved, corpus):
