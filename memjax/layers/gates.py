@@ -19,9 +19,13 @@ class GateHead(nnx.Module):
         heads: H.
         initial: value of the gate at the start, between 0 and 1.
         rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
+    Raises:
+        ValueError: `initial` is not between 0 and 1, or a size below 1.
     """
 
     def __init__(self, dim: int, heads: int, *, initial: float, rngs: nnx.Rngs):
+        if not 0 < initial < 1:
+            raise ValueError(f"GateHead initial {initial} must be between 0 and 1")
         self.linear = Linear(dim, heads, axes=("embed", "heads"), bias=True, rngs=rngs)
         self.linear.weight[...] *= 0.1
         self.linear.bias[...] += jnp.log(initial / (1 - initial))
@@ -59,7 +63,7 @@ class SoftplusDecay(nnx.Module):
         self.rates = _Rates(dim, heads, channels, rank, rngs=rngs)
         shape = (heads,) if channels is None else (heads, channels)
         axes = ("heads",) if channels is None else ("heads", "kv")
-        self.log_rate = nnx.Param(_log_uniform(rngs.params(), (heads,), 1, 16), axes=("heads",))
+        self.log_rate = nnx.Param(_uniform_log(rngs.params(), (heads,), 1.0, 16.0), axes=("heads",))
         self.offset = nnx.Param(_softplus_inverse(rngs.params(), shape), axes=axes)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H *K"]:
@@ -79,6 +83,8 @@ class PowerDecay(nnx.Module):
         rank: columns of W_1.
         temperature: the root that is taken.
         rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: a temperature that is not above 0, or a size below 1.
     Source: gated linear attention (arXiv:2312.06635), section 4.4.
     """
 
@@ -92,6 +98,8 @@ class PowerDecay(nnx.Module):
         temperature: float = 16.0,
         rngs: nnx.Rngs,
     ):
+        if not temperature > 0:
+            raise ValueError(f"PowerDecay temperature {temperature} must be above 0")
         self.temperature = temperature
         self.rates = _Rates(dim, heads, channels, rank, rngs=rngs)
         self.offset = nnx.Param(jnp.zeros((heads, channels)), axes=("heads", "kv"))
@@ -163,7 +171,7 @@ class StepSize(nnx.Module):
 
     def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
         self.linear = Linear(dim, heads, axes=("embed", "heads"), rngs=rngs)
-        self.log_rate = nnx.Param(_log_uniform(rngs.params(), (heads,), 1, 16), axes=("heads",))
+        self.log_rate = nnx.Param(_uniform_log(rngs.params(), (heads,), 1.0, 16.0), axes=("heads",))
         self.offset = nnx.Param(_softplus_inverse(rngs.params(), (heads,)), axes=("heads",))
 
     def __call__(self, x: Float[Array, "B T E"]) -> miras.Gates:
@@ -188,7 +196,7 @@ class _Rates(nnx.Module):
         return self.up(x if self.down is None else self.down(x))
 
 
-def _log_uniform(key, shape, least: float, most: float) -> Array:
+def _uniform_log(key, shape, least: float, most: float) -> Array:
     """Logarithms of numbers that are uniform between `least` and `most`."""
     return jnp.log(jax.random.uniform(key, shape, minval=least, maxval=most))
 

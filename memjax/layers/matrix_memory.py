@@ -24,7 +24,8 @@ from memjax.typing import Array, Float, Int
 FEATURES: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "silu": jax.nn.silu,
-    "elu+1": lambda x: jax.nn.elu(x) + 1,
+    # elu(x) + 1 as it stands would lose exp(x) beside the 1, in bf16 all that is below 1/256
+    "elu+1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x))),
 }
 
 
@@ -48,7 +49,7 @@ class MatrixMemory(nnx.Module):
     """A matrix per head that learns at every token, as a sequence mixer.
 
         q, k = features(conv(x W_q)), features(conv(x W_k)),  v = conv(x W_v) (with SiLU if conv)
-        q, k = q / ||q||, k / ||k||  or  rotated; then q = q / sqrt(K)
+        q, k = q / ||q||, k / ||k||  or  rotated; then q = scale q
         m    = the rule over (q, k, v, gates(x)), W_0 = 0, see `miras.Rule`
         y    = (RMSNorm(m) * gate(x W_g)) W_o
 
@@ -62,8 +63,10 @@ class MatrixMemory(nnx.Module):
         conv: width of the depthwise causal convolutions, 0 for none.
         features: of keys and queries: "none", "silu", "elu+1".
         unit_keys: scale keys and queries to length 1.
-        rope: rotate keys and queries by their positions.
-        key_heads: heads of keys and queries, each shared by H / key_heads memories (default H).
+        rope_base: rotate keys and queries by their positions, with this base; None: do not.
+        scale: of the queries (default 1 / sqrt(head_dim)).
+        key_heads: heads of keys and queries, each shared by H / key_heads memories (default H). A
+            single one is not split over a mesh: every device has it whole.
         normalised: divide by what the memory answers for values of 1, `q . sum_t k_t` (then keys
             and queries must be positive), in the place of the norm.
         gate: "silu", "sigmoid" or None: what the output is multiplied by.
@@ -72,7 +75,8 @@ class MatrixMemory(nnx.Module):
         skip: add `D v` to m, D per head, 1 at the start.
         rngs: the stream `params` draws the weights.
     Raises:
-        ValueError: sizes or names that do not fit.
+        ValueError: sizes or names that do not fit, a rule of another structure.
+        TypeError: a rule that is none.
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class MatrixMemory(nnx.Module):
         conv: int = 0,
         features: str = "none",
         unit_keys: bool = False,
-        rope: bool = False,
+        rope_base: float | None = None,
+        scale: float | None = None,
         key_heads: int | None = None,
         normalised: bool = False,
         gate: str | None = "silu",
@@ -110,25 +115,33 @@ class MatrixMemory(nnx.Module):
             raise ValueError(f"features {features!r} must be one of {', '.join(FEATURES)}")
         if gate not in ("silu", "sigmoid", None):
             raise ValueError(f'gate {gate!r} must be "silu", "sigmoid" or None')
-        if rope and head_dim % 2:
+        if rope_base is not None and head_dim % 2:
             raise ValueError(f"head_dim {head_dim} must be even: rotary positions pair features")
+        if not isinstance(rule, miras.Rule):
+            raise TypeError(
+                f"rule must be a miras.Rule, such as miras.zoo.delta_net(), got {rule!r}"
+            )
         if not isinstance(rule.structure, miras.matrix):
             raise ValueError(f"MatrixMemory needs a rule of matrix(), not of {rule.structure}")
         self.dim, self.heads, self.head_dim, self.value_dim = dim, heads, head_dim, value_dim
-        self.rule, self.gates, self.features, self.rope = rule, gates, features, rope
+        self.rule, self.gates, self.features, self.rope_base = rule, gates, features, rope_base
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.unit_keys, self.key_heads, self.normalised = unit_keys, key_heads, normalised
         self.gate_kind, self.gate_first = gate, gate_first
 
-        def project(count: int, size: int) -> Linear:
-            return Linear(dim, (count, size), axes=("embed", "heads", "kv"), rngs=rngs)
+        self.key_axis = "heads" if key_heads > 1 else None
 
-        self.query, self.key = project(key_heads, head_dim), project(key_heads, head_dim)
-        self.value = project(heads, value_dim)
+        def project(count: int, size: int, axis: str | None) -> Linear:
+            return Linear(dim, (count, size), axes=("embed", axis, "kv"), rngs=rngs)
+
+        self.query = project(key_heads, head_dim, self.key_axis)
+        self.key = project(key_heads, head_dim, self.key_axis)
+        self.value = project(heads, value_dim, "heads")
         self.out = Linear((heads, value_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
-        widths = (key_heads * head_dim, key_heads * head_dim, heads * value_dim)
+        keys, values = (key_heads * head_dim, self.key_axis), (heads * value_dim, "heads")
         self.convs = nnx.List(
-            CausalConv(width, conv, rngs=rngs, axis_name="heads")
-            for width in (widths if conv else ())
+            CausalConv(channels, conv, rngs=rngs, axis_name=axis)
+            for channels, axis in ((keys, keys, values) if conv else ())
         )
         narrow = gate is not None and gate_rank is not None
         self.gate_down = Linear(dim, gate_rank, axes=("embed", None), rngs=rngs) if narrow else None
@@ -148,7 +161,7 @@ class MatrixMemory(nnx.Module):
         values = self.value_dim + self.normalised
         plain = self.rule.init(jax.random.key(0), self.head_dim, values)
         memory = miras.start(self.rule, plain, batch, self.heads)
-        convs = tuple(conv.start(batch) for conv in self.convs)
+        convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
         stats = MemoryStats(
             nothing if isinstance(self.rule.bias, miras.l2) else None,
@@ -179,17 +192,14 @@ class MatrixMemory(nnx.Module):
         Returns:
             [B, T, dim] in the dtype of x, and the state after the last token.
         Raises:
-            ValueError: x or the state do not fit.
+            ValueError: x, the state, segment_ids or positions do not fit.
+            TypeError: the state is not one of a `MatrixMemory`.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
         if state is None:
             state = self.start(x.shape[0])
-        if state.seen.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        self._check(x, state, segment_ids, positions)
         place = documents.follow(segment_ids, state.memory.segment, state.seen, x.shape[1])
         positions = place.index if positions is None else positions
         q, k, v, convs = self._project(x, state.convs, segment_ids, positions)
@@ -216,11 +226,35 @@ class MatrixMemory(nnx.Module):
         seen = positions[:, -1].astype(jnp.int32) + 1
         return y, MatrixMemoryState(memory, convs, seen, stats)
 
+    def _check(self, x, state, segment_ids, positions) -> None:
+        """Raises where the state or the ids are not for x and this layer."""
+        if not isinstance(state, MatrixMemoryState):
+            raise TypeError(
+                f"state must be a MatrixMemoryState, got {type(state).__name__}: use "
+                f"start({x.shape[0]}), or what the last call returned"
+            )
+        if state.seen.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        there = [conv.inputs.shape[1:] for conv in state.convs]
+        ours = [(conv.width - 1, conv.dim) for conv in self.convs]
+        if there != ours:
+            raise ValueError(
+                f"the state is of a MatrixMemory with other convolutions: their inputs are {there},"
+                f" here {ours}; use start({x.shape[0]})"
+            )
+        for name, given in (("segment_ids", segment_ids), ("positions", positions)):
+            if given is not None and given.shape != x.shape[:2]:
+                raise ValueError(f"{name} has shape {given.shape}; it must be {x.shape[:2]}")
+
     def _project(self, x, convs, segment_ids, positions):
         """Queries, keys and values of x [B, T, H, .], and the convolutions' states."""
         outputs, states = [], []
         for i, projection in enumerate((self.query, self.key, self.value)):
-            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
+            axis = self.key_axis if i < 2 else "heads"
+            z = constrain(projection(x), ("batch", "time", axis, "kv"))
             if self.convs:
                 flat = z.reshape(*x.shape[:2], -1)
                 flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
@@ -229,13 +263,14 @@ class MatrixMemory(nnx.Module):
             if i < 2:
                 z = FEATURES[self.features](z)
                 z = unit(z) if self.unit_keys else z
-                z = rotary(z, positions) if self.rope else z
+                z = z if self.rope_base is None else rotary(z, positions, self.rope_base)
                 z = jnp.repeat(z, self.heads // self.key_heads, axis=2)
+                z = constrain(z, ("batch", "time", "heads", "kv"))
             elif self.convs:
                 z = jax.nn.silu(z)
             outputs.append(z)
         q, k, v = outputs
-        return (q * self.head_dim**-0.5).astype(q.dtype), k, v, tuple(states)
+        return (self.scale * q).astype(q.dtype), k, v, tuple(states)
 
     def _gated(self, x, m):
         """What the memory answers [B, T, H, V], normalised and gated."""
@@ -251,19 +286,29 @@ class MatrixMemory(nnx.Module):
 
 
 def linear_attention(
-    dim: int, heads: int, head_dim: int | None = None, *, rngs: nnx.Rngs
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    rngs: nnx.Rngs,
 ) -> MatrixMemory:
     """Linear attention: `y_t = phi(q) sum phi(k)^T v / (phi(q) . sum phi(k))`, phi = elu + 1.
 
+    Args:
+        dim, heads, head_dim, value_dim: see `MatrixMemory`.
+        rngs: the stream `params` draws the weights.
     Source: Katharopoulos et al. (arXiv:2006.16236), equations 4 to 7.
     """
     return MatrixMemory(
         dim,
         heads,
         head_dim,
+        value_dim,
         rule=miras.zoo.linear_attention(),
         gates=Gating(None, None, heads),
         features="elu+1",
+        scale=1.0,
         normalised=True,
         gate=None,
         rngs=rngs,
@@ -276,14 +321,17 @@ def retnet(
     head_dim: int | None = None,
     value_dim: int | None = None,
     *,
+    rope_base: float = 10000.0,
     rngs: nnx.Rngs,
 ) -> MatrixMemory:
     """Multi-scale retention: a fixed decay per head, rotary positions, norm per head, SiLU gate.
 
-    Values have twice the dimension of keys unless `value_dim` says otherwise.
-
-    Source: RetNet (arXiv:2307.08621), equations 5 to 8; rotation without the scaling of xPos, as in
-        the authors' code.
+    Args:
+        dim, heads, head_dim, rope_base: see `MatrixMemory`.
+        value_dim: dimension of the values of a head (default twice that of the keys).
+        rngs: the stream `params` draws the weights.
+    Source: RetNet (arXiv:2307.08621), equations 5 to 8, whose decay is a number per head, so that
+        of xPos only the rotation is left.
     """
     head_dim = _head_dim(dim, heads, head_dim)
     return MatrixMemory(
@@ -293,7 +341,7 @@ def retnet(
         2 * head_dim if value_dim is None else value_dim,
         rule=miras.zoo.retnet(),
         gates=Gating(None, FixedDecay(heads), heads),
-        rope=True,
+        rope_base=rope_base,
         rngs=rngs,
     )
 
@@ -309,6 +357,11 @@ def gla(
 ) -> MatrixMemory:
     """Gated linear attention: decay per key channel, norm per head, SiLU gate.
 
+    Args:
+        dim, heads, head_dim, value_dim: see `MatrixMemory`; the paper has keys of half and values
+            of all of the model's dimension, `head_dim = dim / (2 heads)` and twice that.
+        rank: of the decay's projection.
+        rngs: the stream `params` draws the weights.
     Source: Yang et al. (arXiv:2312.06635), section 4.4.
     """
     head_dim = _head_dim(dim, heads, head_dim)
@@ -335,12 +388,22 @@ def mamba2(
 ) -> MatrixMemory:
     """Mamba-2: keys B and queries C shared by all heads, step and decay per head, a skip.
 
-    `head_dim` is the size N of the state, `value_dim` that of a head, P; values have twice the
-    model's dimension in all unless `value_dim` says otherwise.
-
+    Args:
+        dim, heads: see `MatrixMemory`.
+        head_dim: the size N of the state (default dim / heads).
+        value_dim: the size P of a head (default 2 dim / heads).
+        conv: width of the convolutions, 0 for none, nor the SiLU after them.
+        key_heads: the groups G that share keys and queries.
+        rngs: the stream `params` draws the weights.
     Source: Dao and Gu (arXiv:2405.21060), section 7 and figure 6.
     """
-    value_dim = 2 * _head_dim(dim, heads, None) if value_dim is None else value_dim
+    if value_dim is None:
+        if heads < 1 or 2 * dim % heads:
+            raise ValueError(
+                f"2 dim = {2 * dim} is not a multiple of heads {heads}: change one, or give "
+                "value_dim"
+            )
+        value_dim = 2 * dim // heads
     return MatrixMemory(
         dim,
         heads,
@@ -350,6 +413,7 @@ def mamba2(
         gates=StepSize(dim, heads, rngs=rngs),
         conv=conv,
         features="silu" if conv else "none",
+        scale=1.0,  # not free here: the skip beside it has its own size
         key_heads=key_heads,
         gate_first=True,
         skip=True,
@@ -373,7 +437,7 @@ def delta_net(
         dim, heads, head_dim, value_dim, conv: see `MatrixMemory`.
         negative_eigenvalues: lr up to 2, so that a step may reflect and states can be tracked.
         rngs: the stream `params` draws the weights.
-    Source: Yang et al. (arXiv:2406.06484), section 3.4; arXiv:2411.12537 for the option.
+    Source: Yang et al. (arXiv:2406.06484), section 3; arXiv:2411.12537 for the option.
     """
     return _delta(
         dim, heads, head_dim, value_dim, miras.zoo.delta_net(), None, conv, negative_eigenvalues,

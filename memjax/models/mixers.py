@@ -136,15 +136,13 @@ def _delta_family(builder, config, rngs: nnx.Rngs) -> MatrixMemory:
 @register("linear_attention")
 def linear_attention(config, rngs: nnx.Rngs) -> MatrixMemory:
     """Linear attention with features elu + 1, normalised."""
-    if config.memory.value_dim is not None:
-        raise ValueError("memory.value_dim is that of keys for linear_attention: leave it None")
     return _matrix(matrix_memory.linear_attention, config, rngs)
 
 
 @register("retnet")
 def retnet(config, rngs: nnx.Rngs) -> MatrixMemory:
     """Multi-scale retention."""
-    return _matrix(matrix_memory.retnet, config, rngs)
+    return _matrix(matrix_memory.retnet, config, rngs, rope_base=config.rope_base)
 
 
 @register("gla")
