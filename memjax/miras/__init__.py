@@ -8,16 +8,29 @@ Source of the framework: Miras (arXiv:2504.13173).
 """
 
 from memjax.miras import zoo
-from memjax.miras.bias import dot, l2
+from memjax.miras.bias import Bias, dot, huber, l2, lp, robust
+from memjax.miras.features import Features, dpfp, elu1, polynomial, taylor_exp
 from memjax.miras.forms.chunkwise import chunkwise, surprise, trace
 from memjax.miras.forms.recurrent import read, recurrent, step
-from memjax.miras.learner import gd, implicit, momentum
-from memjax.miras.retention import decay, none
-from memjax.miras.rule import Begin, Gates, Rule, State, begin_from, start
-from memjax.miras.structure import Weights, matrix, mlp
+from memjax.miras.learner import (
+    Learner,
+    chunk_muon,
+    delta_momentum,
+    gd,
+    implicit,
+    momentum,
+    muon,
+    omega,
+)
+from memjax.miras.retention import Retention, decay, elastic_net, lq, none, renormalise, simplex
+from memjax.miras.rule import Begin, Gates, Pairs, Rule, State, begin_from, start
+from memjax.miras.structure import Structure, Weights, gated_mlp, matrix, mlp, vector
 
 __all__ = [
-    "Begin", "Gates", "Rule", "State", "Weights", "begin_from", "chunkwise", "decay", "dot", "gd",
-    "implicit", "l2", "matrix", "mlp", "momentum", "none", "read", "recurrent", "start", "step",
-    "surprise", "trace", "zoo",
+    "Begin", "Bias", "Features", "Gates", "Learner", "Pairs", "Retention", "Rule", "State",
+    "Structure", "Weights", "begin_from", "chunk_muon", "chunkwise", "decay", "delta_momentum",
+    "dot", "dpfp", "elastic_net", "elu1", "gated_mlp", "gd", "huber", "implicit", "l2", "lp", "lq",
+    "matrix", "mlp", "momentum", "muon", "none", "omega", "polynomial", "read", "recurrent",
+    "renormalise", "robust", "simplex", "start", "step", "surprise", "taylor_exp", "trace",
+    "vector", "zoo",
 ]  # fmt: skip

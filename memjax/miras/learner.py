@@ -1,10 +1,12 @@
-"""Learners: how a gradient becomes a step.
+"""Learners: how a gradient becomes a change of the weights.
 
-A learner has two faces that a test holds equal. `update` is its definition, one token at a time.
-`response` is the same recurrence solved over a chunk, for the dual form: with `S_0` the momentum
-before the chunk and `g_j` the gradient of token `j`,
+A learner's definition is `update`, one token at a time. Where the change is linear in the gradients
+(`linear`), `response` is the same recurrence solved over a chunk, for the dual form, and a test
+holds the two equal: with `S_0` the momentum before the chunk and `g_j` the gradient of token `j`,
 
     S_i = m_i S_0 - sum_{j <= i} E[i, j] lr_j g_j.
+
+A learner that acts at the end of every chunk (`closes`) only gathers in `update`; `close` steps.
 """
 
 import dataclasses
@@ -13,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.miras.bias import Bias, l2
+from memjax.miras.newton_schulz import orthogonal
 from memjax.miras.products import prefix_products, segment_products
+from memjax.miras.retention import Retention
 from memjax.miras.structure import Structure, matrix
 from memjax.typing import Array, Bool, Float, PyTree
 
@@ -23,17 +27,34 @@ class Learner:
     """What a learner must give; see `gd`, `momentum` and `implicit`."""
 
     needs_momentum = False
+    linear = True  # whether the change is linear in the gradients, and `response` there
+    closes = False  # whether the weights change at the ends of chunks only
+    window = 1  # tokens whose gradients a token takes, itself the last
 
     def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
         """The step sizes, of the gate `lr` and the keys."""
         return lr
 
-    def check(self, structure: Structure, bias: Bias, chunk: int) -> None:
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
         """Raises ValueError, with the reason, where this learner cannot serve such a memory."""
 
     def start(self, weights: PyTree) -> PyTree:
-        """The momentum before the first token."""
+        """The momentum before the first token: () or a tree whose leaves are like the weights'."""
         raise TypeError("Learner is the interface: use gd() or momentum()")
+
+    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
+        """`update` of many tokens, for a learner that `closes`.
+
+        Args:
+            velocity: the momentum before.
+            total: `- sum_t lr_t g_t`.
+            rate: the sum of their momentum gates.
+        """
+        raise TypeError(f"{self} does not act at the ends of chunks")
+
+    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
+        """The end of a chunk of `count` tokens, for a learner that `closes`: as `update`."""
+        raise TypeError(f"{self} does not act at the ends of chunks")
 
     def update(
         self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
@@ -88,11 +109,13 @@ class implicit(gd):
     def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
         return lr / (1 + lr * jnp.sum(jnp.square(k.astype(lr.dtype)), axis=-1))
 
-    def check(self, structure: Structure, bias: Bias, chunk: int) -> None:
-        if not (isinstance(structure, matrix) and isinstance(bias, l2) and chunk == 1):
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        plain = isinstance(structure, matrix) and structure.features is None and retention.linear
+        if not (plain and isinstance(bias, l2) and chunk == 1):
             raise ValueError(
-                f"implicit() has a closed form for matrix(), l2() and chunk 1 alone, not for "
-                f"{structure}, {bias} and chunk {chunk}: use gd() or momentum()"
+                "implicit() has a closed form for matrix() without features, l2(), decay() or "
+                f"none(), and chunk 1 alone, not for {structure}, {bias}, {retention} and chunk "
+                f"{chunk}: use gd() or momentum()"
             )
 
 
@@ -119,3 +142,179 @@ class momentum(Learner):
     ) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
         between = segment_products(eta, same)
         return between, prefix_products(between, eta, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class muon(momentum):
+    """Momentum whose direction alone counts: every matrix of it orthogonalised, at every token.
+
+        S_t = e_t S_{t-1} - g_t,     W_t = a_t W_{t-1} + lr_t NS(S_t)
+
+    Args:
+        steps: Newton-Schulz iterations, see `memjax.miras.newton_schulz`.
+    Raises:
+        ValueError: no steps.
+    Source: ATLAS (arXiv:2505.23735), equations 32 and 33, with the sign that descends.
+    """
+
+    steps: int = 5
+    linear = False
+
+    def __post_init__(self):
+        _at_least_one("muon steps", self.steps)
+
+    def update(
+        self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
+    ) -> tuple[PyTree, PyTree]:
+        velocity = jax.tree.map(lambda s, g: eta * s - g, velocity, gradient)
+        return velocity, jax.tree.map(lambda s: lr * orthogonal(s, self.steps), velocity)
+
+
+@dataclasses.dataclass(frozen=True)
+class delta_momentum(momentum):
+    """Momentum that is itself a memory with a delta rule, and so forgets along new gradients:
+
+        S_t = (e_t - lr_t g_t g_t^T) S_{t-1} - lr_t g_t,     W_t = a_t W_{t-1} + S_t
+
+    with `g g^T` [K, K] on the side of the inputs, every matrix of the memory for itself.
+
+    Source: Nested learning (arXiv:2512.24695), its delta momentum; the side of the product, and
+        one rate for both terms, are ours (docs/deviations.md).
+    """
+
+    linear = False
+
+    def update(
+        self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
+    ) -> tuple[PyTree, PyTree]:
+        velocity = jax.tree.map(lambda s, g: eta * s - lr * (g @ (g.T @ s) + g), velocity, gradient)
+        return velocity, velocity
+
+
+@dataclasses.dataclass(frozen=True)
+class chunk_muon(momentum):
+    """A step at the end of every chunk, on its summed gradients, orthogonalised:
+
+        S = mean(e_t) S - sum_t lr_t g_t,     W = W' + NS(S)         over the tokens of a chunk
+
+    Inside a chunk the memory stays as it is, whatever the rule's `read`.
+
+    Args:
+        steps: Newton-Schulz iterations; 0 = `W = W' + S`, plain momentum by chunk.
+    Raises:
+        ValueError: fewer than 0 steps.
+    Source: LaCT (arXiv:2505.23884), equations 6 to 10.
+    """
+
+    steps: int = 5
+    linear = False
+    closes = True
+
+    def __post_init__(self):
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"chunk_muon steps {self.steps!r} must be an integer of at least 0")
+
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        if retention.needs_retain:
+            raise ValueError(
+                f"chunk_muon() leaves the weights alone inside a chunk, so {retention} has no "
+                "place there: use none() or renormalise()"
+            )
+
+    def start(self, weights: PyTree) -> PyTree:
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        rate = jnp.zeros_like(jax.tree.leaves(weights)[0][..., 0, 0])
+        return {"before": zeros, "sum": jax.tree.map(jnp.zeros_like, zeros), "rate": rate}
+
+    def update(
+        self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
+    ) -> tuple[PyTree, PyTree]:
+        velocity = self.gather(velocity, jax.tree.map(lambda g: -lr * g, gradient), eta)
+        return velocity, jax.tree.map(jnp.zeros_like, gradient)
+
+    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
+        total = jax.tree.map(jnp.add, velocity["sum"], total)
+        return velocity | {"sum": total, "rate": velocity["rate"] + rate}
+
+    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
+        rate = velocity["rate"] / count
+        moved = jax.tree.map(lambda m, s: rate * m + s, velocity["before"], velocity["sum"])
+        change = jax.tree.map(lambda s: orthogonal(s, self.steps) if self.steps else s, moved)
+        zeros = jax.tree.map(jnp.zeros_like, moved)
+        return {"before": moved, "sum": zeros, "rate": jnp.zeros_like(rate)}, change
+
+    def response(
+        self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
+    ) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
+        raise TypeError("chunk_muon() has no response within a chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class omega(Learner):
+    """Learns the last tokens together at every token: the gradient of the Omega rule,
+
+        g_t = sum_{i = t-c+1 .. t} w_{t,i} grad l(W'; k_i, v_i)
+
+    over tokens of the document alone, then the step of another learner (c = 1: that learner).
+
+    Args:
+        window: c.
+        step: the learner that takes g_t: `gd()` (OmegaNet), `momentum()`, `muon()` (ATLAS).
+    Raises:
+        ValueError: a window below 1, or a step that is a window itself.
+    Source: ATLAS (arXiv:2505.23735), equations 9 to 11. `w_{t,i}` is `Gates.window`.
+    """
+
+    window: int = 4
+    step: Learner = dataclasses.field(default_factory=momentum)
+
+    def __post_init__(self):
+        _at_least_one("omega window", self.window)
+        if not isinstance(self.step, Learner) or isinstance(self.step, omega | implicit):
+            raise ValueError(
+                f"omega step {self.step!r} must be another learner, such as momentum()"
+            )
+
+    @property
+    def needs_momentum(self) -> bool:
+        return self.step.needs_momentum
+
+    @property
+    def linear(self) -> bool:
+        return self.step.linear
+
+    @property
+    def closes(self) -> bool:
+        return self.step.closes
+
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        self.step.check(structure, bias, retention, chunk)
+        if retention.first and self.window > 1:
+            raise ValueError(
+                'omega() takes all gradients of its window at W\', which decay(before="gradient")'
+                " moves within a chunk: use decay()"
+            )
+
+    def start(self, weights: PyTree) -> PyTree:
+        return self.step.start(weights)
+
+    def update(
+        self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
+    ) -> tuple[PyTree, PyTree]:
+        return self.step.update(velocity, gradient, lr, eta)
+
+    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
+        return self.step.gather(velocity, total, rate)
+
+    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
+        return self.step.close(velocity, count)
+
+    def response(
+        self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
+    ) -> tuple[Float[Array, "C C"] | None, Float[Array, " C"] | None]:
+        return self.step.response(eta, same, first)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r} must be an integer of at least 1")

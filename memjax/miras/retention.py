@@ -1,12 +1,19 @@
-"""Retention: how the memory forgets. `W_t = a_t W_{t-1} + update_t`.
+"""Retention: how the memory forgets. `A_t = a_t A_{t-1} + change_t`, `W_t = link(A_t)`.
 
 A retention turns the gates into the factors `a_t`, one per token and head, or one per token, head
-and key channel (then row `i` of a `[K, V]` matrix memory is multiplied by `a_t[i]`).
+and key channel (then row `i` of a `[K, V]` matrix memory is multiplied by `a_t[i]`). What it
+accumulates, A, is the weights themselves unless it has a *link*: the map that a divergence other
+than the squared distance leaves between the sum of gradients and the weights (mirror descent).
 """
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from memjax.typing import Array, Float
+
+EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +21,9 @@ class Retention:
     """What a retention must give; see `decay` and `none`."""
 
     needs_retain = False
+    linear = True  # whether W = A: no link
+    to_initial = False  # whether what is forgotten gives way to W_0, not to 0
+    closes = False  # whether `close` does anything
 
     @property
     def first(self) -> bool:
@@ -23,6 +33,16 @@ class Retention:
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         """The factors `a_t` of these gates; None stands for 1."""
         raise TypeError("Retention is the interface: use decay() or none()")
+
+    def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
+        """The weights W of what was accumulated, matrix by matrix."""
+        return a
+
+    def close(
+        self, a: Float[Array, "*N I O"], begin: Float[Array, "*#N I O"]
+    ) -> Float[Array, "*N I O"]:
+        """What the end of a chunk makes of A; `begin` is what the document started from."""
+        return a
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +54,30 @@ class decay(Retention):
             it is added (Titans, Miras). "gradient": the weights decay first, W' with them, and
             the gradient is taken at what is left, `(prod a_m) W'` over the chunk's tokens so far;
             at chunk 1 that is `a_t W_{t-1}` (the gated delta rule). For `dot` both are the same.
+        to: "zero", or "initial": `A_t = W_0 + a_t (A_{t-1} - W_0) + change_t`, the retention by
+            the squared distance from the initial weights.
     Raises:
         ValueError: another word.
+    Source: Miras (arXiv:2504.13173), section 3.2, for both; Titans (arXiv:2501.00663), equation 13.
     """
 
     before: str = "update"
+    to: str = "zero"
     needs_retain = True
 
     def __post_init__(self):
         if self.before not in ("update", "gradient"):
             raise ValueError(f'decay before {self.before!r} must be "update" or "gradient"')
+        if self.to not in ("zero", "initial"):
+            raise ValueError(f'decay to {self.to!r} must be "zero" or "initial"')
 
     @property
     def first(self) -> bool:
         return self.before == "gradient"
+
+    @property
+    def to_initial(self) -> bool:
+        return self.to == "initial"
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         return retain
@@ -64,3 +94,117 @@ class none(Retention):
                 "leave it None or use retention=decay()"
             )
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linked(Retention):
+    """Decay of what is accumulated, and weights that are not it."""
+
+    needs_retain = True
+    linear = False
+
+    def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
+        return retain
+
+
+@dataclasses.dataclass(frozen=True)
+class lq(_Linked):
+    """The q-norm: `A_t = a_t A_{t-1} + change_t`, `W_t = A_t / ||A_t||_q^(q-2)`.
+
+    The norm is over all entries of a matrix; at q = 2 this is `decay()`.
+
+    Args:
+        q: above 1. The derivation in the paper covers q <= 2; its Moneta takes 4.
+    Raises:
+        ValueError: another q.
+    Source: Miras (arXiv:2504.13173), equations 23 and 24.
+    """
+
+    q: float = 4.0
+
+    def __post_init__(self):
+        if not self.q > 1:
+            raise ValueError(f"lq q {self.q!r} must be above 1")
+
+    def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
+        # By the largest entry, so that no power leaves the range of the dtype.
+        most = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+        most = jax.lax.stop_gradient(jnp.maximum(most, EPSILON))
+        total = jnp.sum(
+            (jnp.square(a / most) + EPSILON**2) ** (self.q / 2), (-2, -1), keepdims=True
+        )
+        return a * (most * total ** (1 / self.q)) ** (2 - self.q)
+
+
+@dataclasses.dataclass(frozen=True)
+class simplex(_Linked):
+    """Weights that are probabilities, retained by the Kullback-Leibler divergence:
+
+        W_t = softmax(a_t log W_{t-1} - lr_t g_t),   held as  A_t = a_t A_{t-1} - lr_t g_t
+
+    per output feature, over the inputs: the weights of each column are positive and sum to `total`.
+    (softmax does not see what is added to a whole column, so log W and A are the same to it.)
+
+    Args:
+        temperature: `W = total softmax(A / temperature)`.
+        total: what a column sums to.
+    Raises:
+        ValueError: a temperature or total that is not positive.
+    Source: Miras (arXiv:2504.13173), equations 19 to 21 and 27 (Memora).
+    """
+
+    temperature: float = 1.0
+    total: float = 1.0
+
+    def __post_init__(self):
+        if not (self.temperature > 0 and self.total > 0):
+            raise ValueError(
+                f"simplex temperature {self.temperature} and total {self.total} must be above 0"
+            )
+
+    def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
+        return self.total * jax.nn.softmax(a / self.temperature, axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class elastic_net(_Linked):
+    """Squares and moduli: `A_t = a_t A_{t-1} + change_t`, `W_t = A_t atan(|A_t| / c) / (pi / 2)`.
+
+    The soft threshold of the l1 part is smooth, as in the paper, so that small entries come back;
+    the l2 part is the decay.
+
+    Args:
+        threshold: c.
+    Raises:
+        ValueError: a threshold that is not positive.
+    Source: Miras (arXiv:2504.13173), equation 22 in its follow-the-regularised-leader form.
+    """
+
+    threshold: float = 0.1
+
+    def __post_init__(self):
+        if not self.threshold > 0:
+            raise ValueError(f"elastic_net threshold {self.threshold} must be above 0")
+
+    def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
+        return a * jnp.arctan(jnp.sqrt(jnp.square(a) + EPSILON**2) / self.threshold) * (2 / jnp.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class renormalise(none):
+    """At every chunk's end each output feature's weights return to the norm they had in W_0.
+
+        W[:, o] = ||W_0[:, o]|| W[:, o] / ||W[:, o]||
+
+    Source: LaCT (arXiv:2505.23884), equation 10.
+    """
+
+    closes = True
+
+    def close(
+        self, a: Float[Array, "*N I O"], begin: Float[Array, "*#N I O"]
+    ) -> Float[Array, "*N I O"]:
+        def norm(w):
+            return jnp.sqrt(jnp.sum(jnp.square(w), axis=-2, keepdims=True) + EPSILON**2)
+
+        return a * (norm(begin) / norm(a))

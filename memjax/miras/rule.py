@@ -11,7 +11,7 @@ from memjax.miras.learner import Learner
 from memjax.miras.precision import accumulation_dtype
 from memjax.miras.retention import Retention
 from memjax.miras.structure import Structure, Weights
-from memjax.typing import Array, Float, Int, Key, PyTree
+from memjax.typing import Array, Bool, Float, Int, Key, PyTree
 
 
 class Gates(NamedTuple):
@@ -31,6 +31,23 @@ class Gates(NamedTuple):
     momentum: Float[Array, "B T H"] | None = None
     retain: Float[Array, "B T H *K"] | None = None
     scale: Float[Array, "B T H"] | None = None
+    threshold: Float[Array, "B T H"] | None = None
+    window: Float[Array, "B T H W"] | None = None
+
+
+class Pairs(NamedTuple):
+    """The last tokens of a document, which `learner=omega(c)` learns again: c - 1 of them.
+
+    Attributes:
+        k, v: keys and values, [B, H, c - 1, K] and [B, H, c - 1, V].
+        threshold: as in `Gates`, [B, H, c - 1], or None.
+        live: whether there was such a token in the document, [B, c - 1].
+    """
+
+    k: Float[Array, "B H N K"]
+    v: Float[Array, "B H N V"]
+    threshold: Float[Array, "B H N"] | None
+    live: Bool[Array, "B N"]
 
 
 class Begin(NamedTuple):
@@ -45,13 +62,15 @@ class State(NamedTuple):
 
     Attributes:
         base: W', the fast weights when the current chunk began, each [B, H, ...]; where the
-            retention decays first, as the tokens since have left them.
+            retention decays first, as the tokens since have left them. Where it has a link, this
+            and `weights` are what it accumulates.
         weights: W_t, the fast weights now (inside a chunk: before `Gates.scale`), each [B, H, ...].
         momentum: S_t like the weights, or () for a learner without.
         place: place in its chunk of the next token, 0 to chunk - 1, [B].
         segment: document id of the last token, -1 when there was none, [B].
         begin: what a document starts from.
         slow: the structure's weights that do not learn at test time, each [H, ...].
+        pairs: the window of `omega(c)`, or () for other learners and c = 1.
     """
 
     base: tuple[Array, ...]
@@ -61,6 +80,7 @@ class State(NamedTuple):
     segment: Int[Array, " B"]
     begin: Begin
     slow: dict[str, Array]
+    pairs: Pairs | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +92,19 @@ class Rule:
         g_t = d/dW bias(M(k_t; W), v_t)  at W = W'        (decay first: at (prod a_m) W')
         S_t = e_t S_{t-1} - lr_t g_t                      (momentum; without: S_t = -lr_t g_t)
         W_t = a_t W_{t-1} + S_t
-        y_t = M(q_t; W_t)                                 (read="before": W_{t-1})
+        y_t = M(q_t; W_t)                                 (read="before": W_{t-1}; "chunk": W')
+
+    Other learners have another second line, and retentions with a link another third one.
 
     Args:
-        structure: what the memory is: `matrix()`, `mlp(...)`.
-        bias: what it minimises: `l2()`, `dot()`.
-        retention: how it forgets: `decay()`, `none()`.
-        learner: how it steps: `gd()`, `momentum()`, `implicit()`.
+        structure: what the memory is: `vector()`, `matrix()`, `mlp(...)`, `gated_mlp(...)`.
+        bias: what it minimises: `l2()`, `dot()`, `lp()`, `huber()`, `robust()`.
+        retention: how it forgets: `decay()`, `none()`, `lq()`, `simplex()`, `elastic_net()`,
+            `renormalise()`.
+        learner: how it steps: `gd()`, `momentum()`, `omega(...)`, `muon()`, `chunk_muon()`,
+            `delta_momentum()`, `implicit()`.
         chunk: tokens that share their gradients' weights; semantic, 1 = fully online.
-        read: "after" or "before" the token is written.
+        read: "after" or "before" the token is written, or as the "chunk" began (LaCT).
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
     Source: Miras (arXiv:2504.13173), the framework; Titans (arXiv:2501.00663), chunks.
@@ -106,9 +130,9 @@ class Rule:
                 raise TypeError(f"Rule {name} {part!r} is not a {kind.__name__}{hint}")
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
-        if self.read not in ("after", "before"):
-            raise ValueError(f'Rule read {self.read!r} must be "after" or "before"')
-        self.learner.check(self.structure, self.bias, self.chunk)
+        if self.read not in ("after", "before", "chunk"):
+            raise ValueError(f'Rule read {self.read!r} must be "after", "before" or "chunk"')
+        self.learner.check(self.structure, self.bias, self.retention, self.chunk)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         """Learned initial memory W_0, no batch axis; `jax.vmap` over keys adds a heads axis."""
@@ -143,7 +167,7 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (copies, *w.shape)), weights)
     weights = jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
     begin = Begin(weights.fast, rule.learner.start(weights.fast))
-    return _at(begin, weights.slow, batch)
+    return _at(begin, weights.slow, batch)._replace(pairs=_pairs(rule, weights.fast, batch))
 
 
 def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
@@ -173,7 +197,23 @@ def begin_from(state: State, batch: int) -> State:
     if state.place.shape[0] != 1:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
     begin = jax.tree.map(lambda w: w[0], Begin(state.weights, state.momentum))
-    return _at(begin, state.slow, batch)
+    pairs = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), state.pairs)
+    return _at(begin, state.slow, batch)._replace(pairs=pairs)
+
+
+def _pairs(rule: Rule, fast: tuple[Array, ...], batch: int) -> Pairs | tuple[()]:
+    """An empty window."""
+    count = rule.learner.window - 1
+    if not count:
+        return ()
+    rows = (batch, fast[0].shape[0], count)
+    dtype = fast[0].dtype
+    return Pairs(
+        jnp.zeros((*rows, rule.structure.key_dim(fast)), dtype),
+        jnp.zeros((*rows, fast[-1].shape[-1]), dtype),
+        jnp.ones(rows, dtype) if rule.bias.needs_threshold else None,
+        jnp.zeros((batch, count), bool),
+    )
 
 
 def _at(begin: Begin, slow: dict[str, Array], batch: int) -> State:

@@ -1,8 +1,9 @@
 """The fast form: a sequence in tiles, each computed by the dual form or by the closed one.
 
 This file is about places: which tokens belong to the chunk in progress, to the next, to a document
-that starts. `dual.py` is about the arithmetic of such a run of tokens. `linear.py` has that of
-matrix memories which learn at every token; where it fits, it is taken.
+that starts. `dual.py` is about the arithmetic of such a run of tokens, and `by_token.py` of those
+whose weights are no sums. `linear.py` has that of matrix memories which learn at every token; where
+it fits, it is taken.
 """
 
 import functools
@@ -12,19 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
-from memjax.miras.forms import dual, linear
+from memjax.miras.forms import by_token, dual, linear
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
-from memjax.miras.rule import Gates, Rule, State
+from memjax.miras.rule import Gates, Pairs, Rule, State
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
 class Tile(NamedTuple):
-    """Consecutive tokens of every row; `live` is False on padding, `starts` begin documents."""
+    """Consecutive tokens of every row; `live` is False on padding, `starts` begin documents.
+
+    `learned` are the tokens whose gradients these take: themselves, or with those before them.
+    """
 
     q: Float[Array, "B H C K"]
-    k: Float[Array, "B H C K"]
-    v: Float[Array, "B H C V"]
+    learned: dual.Learned
     gates: Gates
     starts: Bool[Array, "B C"]
     live: Bool[Array, "B C"]
@@ -130,12 +133,12 @@ def trace(
     gates = check(rule, state, q, k, v, gates, segment_ids)
     closed = linear.fits(rule, gates)
     if block is None:
-        block = linear.BLOCK if closed else _default_block(rule.chunk)
+        block = linear.BLOCK if closed else _default_block(rule)
     if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     length = k.shape[1]
     if closed:
-        tiles = _tiles(state, q, k, v, gates, segment_ids, min(block, length))
+        tiles = _tiles(rule, state, q, k, v, gates, segment_ids, min(block, length))
         restarts = segment_ids is not None
         y, surprises, state = linear.run(
             rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss
@@ -145,7 +148,7 @@ def trace(
     block = min(block, length)
     if remat is None:
         remat = _default_group(state, block)
-    tiles = _tiles(state, q, k, v, gates, segment_ids, block)
+    tiles = _tiles(rule, state, q, k, v, gates, segment_ids, block)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
     def by_tile(carry, tiles):
@@ -168,7 +171,7 @@ def trace(
         places = _places(rule, state, segment_ids, length)[:, ::block]
         whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
         carry, (y, surprises) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
-    state = state._replace(**carry._asdict())
+    state = state._replace(**carry._asdict(), pairs=_last_pairs(state, k, v, gates, segment_ids))
     return _outcome(state, q, y, surprises if loss else None, segment_ids)
 
 
@@ -183,8 +186,12 @@ def _outcome(state, q, y, surprises, segment_ids):
     return y, surprises, state
 
 
-def _default_block(chunk: int, most: int = 128) -> int:
-    """The largest divisor of the chunk that is at most 128 (or, where that is small, just 128)."""
+def _default_block(rule: Rule) -> int:
+    """The largest divisor of the chunk that is at most 128 (or, where that is small, just 128).
+
+    Where the weights of each token are formed, 32: the backward pass holds those of a tile.
+    """
+    chunk, most = rule.chunk, 128 if dual.fits(rule) or rule.learner.closes else 32
     divisor = max(d for d in range(1, min(chunk, most) + 1) if chunk % d == 0)
     return divisor if 2 * divisor > min(chunk, most) else min(chunk, most)
 
@@ -197,19 +204,71 @@ def _default_group(state: State, block: int, most: int = 8, least: int = 16) -> 
     return max(-(-held // (most * block * a_token)), -(-least // block))
 
 
-def _tiles(state, q, k, v, gates, segment_ids, block) -> Tile:
+def _tiles(rule, state, q, k, v, gates, segment_ids, block) -> Tile:
     """Everything cut into tiles: leading axis the tile, heads before time."""
     batch, length = k.shape[:2]
-    count = -(-length // block)
+    count, before = -(-length // block), rule.learner.window - 1
 
-    def fold(x):
-        x = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(batch, count, block, *x.shape[2:])
+    def fold(x, fill=0):
+        pad = [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return turn(x.reshape(batch, count, block, *x.shape[2:]))
+
+    def turn(x):  # [B, N, C, H, ...] or [B, N, C] with the tile in front, heads before time
         return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else jnp.moveaxis(x, 1, 0)
 
     live = jnp.ones((batch, length), bool)
     starts = ~live if segment_ids is None else documents.starts(segment_ids, state.segment)
-    return jax.tree.map(fold, Tile(q, k, v, gates, starts, live))
+    gates, threshold = gates._replace(threshold=None), gates.threshold
+    if not before:
+        learned = jax.tree.map(fold, dual.Learned(k, v, threshold, None, None))
+    else:
+        where = jnp.arange(count)[:, None] * block + jnp.arange(block + before)[None, :]
+
+        def windows(x, fill=0):
+            x = jnp.pad(
+                x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2),
+                constant_values=fill,
+            )  # fmt: skip
+            return turn(x[:, where])
+
+        with_past = _with_past(state, k, v, threshold, starts)
+        number = fold(with_past.seen[:, before:])
+        learned = jax.tree.map(windows, with_past._replace(seen=None))
+        learned = learned._replace(document=number, seen=windows(with_past.seen, -2))
+    return Tile(fold(q), learned, jax.tree.map(fold, gates), fold(starts), fold(live))
+
+
+def _with_past(state: State, k, v, threshold, starts) -> dual.Learned:
+    """The state's window and the tokens of a call, time after batch; -1 numbers no document."""
+    pairs = state.pairs
+    dtype = k.dtype
+
+    def join(old, new):
+        return jnp.concatenate([jnp.moveaxis(old, 2, 1).astype(new.dtype), new], axis=1)
+
+    number = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    seen = jnp.concatenate([jnp.where(pairs.live, 0, -1), number], axis=1)
+    threshold = None if threshold is None else join(pairs.threshold, threshold)
+    return dual.Learned(join(pairs.k.astype(dtype), k), join(pairs.v, v), threshold, None, seen)
+
+
+def _last_pairs(state: State, k, v, gates, segment_ids) -> Pairs | tuple[()]:
+    """The window after a call."""
+    if not state.pairs:
+        return ()
+    starts = jnp.zeros(k.shape[:2], bool)
+    if segment_ids is not None:
+        starts = documents.starts(segment_ids, state.segment)
+    past = _with_past(state, k, v, gates.threshold, starts)
+    count = state.pairs.live.shape[1]
+
+    def last(x, like):
+        return None if x is None else jnp.moveaxis(x[:, -count:], 1, 2).astype(like.dtype)
+
+    live = past.seen[:, -count:] == past.seen[:, -1:]
+    threshold = last(past.threshold, state.pairs.threshold)
+    return Pairs(last(past.k, state.pairs.k), last(past.v, state.pairs.v), threshold, live)
 
 
 def _unfold(x: Float[Array, "N B H C *V"], length: int) -> Array:
@@ -233,28 +292,54 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
 
     What follows from the gates alone is put together for all of them before the loop.
     """
-    over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
-    plans = jax.vmap(jax.vmap(over_heads))(
-        tiles.gates, tiles.live, jnp.zeros_like(tiles.live, jnp.int32)
-    )
-    whole = tiles.live.shape[2] == rule.chunk
+    document = jnp.zeros_like(tiles.live, jnp.int32)
+    if dual.fits(rule):
+        plans = jax.vmap(_plan(rule))(tiles.gates, tiles.learned, tiles.live, document)
+    else:
+        plans = None
+    # Such a tile is a chunk of its own, or the call's last and what there is of one.
+    whole = tiles.live.shape[2] == rule.chunk and not _closes(rule)
 
     def step(carry: Carry, now):
         tile, plan = now
         if restarts:
             carry = _restart(state, carry, tile.starts[:, 0])
+            tile = _of_documents(tile, tile.live)
         if whole:
             carry = carry._replace(base=carry.weights)
-        loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
-        found = (carry.base, carry.weights, carry.momentum)
-        y = _read(rule, state, *found, tile, inputs, signals, plan)
+        if plan is None:
+            y, loss, *written = _run(rule, state, carry, tile, tile.live, document[0])
+        else:
+            loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
+            y = _read(rule, state, carry, tile, inputs, signals, plan)
+        loss = loss[..., -tile.live.shape[1] :]
         if whole:
             carry = _chunk_end(carry, *written, tile)
         else:
-            carry = _close(rule, carry, *written, tile, tile.live)
+            carry = _close(rule, state, carry, *written, tile, tile.live)
         return carry, (y, loss)
 
     return jax.lax.scan(step, carry, (tiles, plans))
+
+
+def _of_documents(tile: Tile, live: Bool[Array, "B C"]) -> Tile:
+    """Only the learned tokens of the documents that the `live` ones belong to: others become 0.
+
+    Masks multiply: what is not finite in another run's tokens must not come near.
+    """
+    learned = tile.learned
+    if learned.seen is None:
+        here = live[:, None, :, None]
+    else:
+        belongs = learned.seen[:, :, None] == learned.document[:, None, :]
+        here = jnp.any(belongs & live[:, None, :], axis=2)[:, None, :, None]
+    k, v = jnp.where(here, learned.k, 0), jnp.where(here, learned.v, 0)
+    return tile._replace(learned=learned._replace(k=k, v=v))
+
+
+def _closes(rule: Rule) -> bool:
+    """Whether the end of a chunk does more than move its weights on."""
+    return rule.learner.closes or rule.retention.closes
 
 
 def _chunk_end(carry: Carry, base, weights, velocity, tile: Tile) -> Carry:
@@ -294,13 +379,12 @@ def _any_tile(rule, state, carry: Carry, tile: Tile):
             fresh = jnp.any(live, axis=1) & (number == 2)
             carry = _restart(state, carry, fresh)
             group = jnp.where(number == 2, document, 0)
-            # Masks multiply: what is not finite in another run's tokens must not come near.
-            here = live[:, None, :, None]
-            tile = tile._replace(k=jnp.where(here, tile.k, 0), v=jnp.where(here, tile.v, 0))
+            tile = _of_documents(tile, live)
             y, loss, *written = _run(rule, state, carry, tile, live, group)
             # Only the last of several new documents goes on.
             own = live & ((number < 2) | (index >= last_start[:, None]))
-            return _close(rule, carry, *written, tile, own), (y, loss)
+            loss = loss[..., -live.shape[1] :]
+            return _close(rule, state, carry, *written, tile, own), (y, loss)
 
         def skip(carry, tile):
             shapes = jax.eval_shape(act, carry, tile)[1]
@@ -323,7 +407,7 @@ def _restart(state: State, carry: Carry, rows: Bool[Array, " B"]) -> Carry:
 
 
 def _close(
-    rule, carry: Carry, base, weights, velocity, tile: Tile, own: Bool[Array, "B C"]
+    rule, state, carry: Carry, base, weights, velocity, tile: Tile, own: Bool[Array, "B C"]
 ) -> Carry:
     """The carry after the `own` tokens of a tile; a chunk that they fill ends."""
     place = carry.place + jnp.sum(own, axis=1, dtype=carry.place.dtype)
@@ -333,9 +417,18 @@ def _close(
         final = jnp.max(jnp.where(own, jnp.arange(own.shape[1]), 0), axis=1)
         scale = jnp.take_along_axis(tile.gates.scale, final[:, None, None], axis=2)[..., None]
         closed = jax.tree.map(lambda b, w: b + scale * (w - b), base, weights)
-    base = jax.tree.map(lambda c, b: _where(complete, c, b), closed, base)
-    weights = jax.tree.map(lambda c, w: _where(complete, c, w), closed, weights)
-    return Carry(base, weights, velocity, jnp.where(complete, 0, place))
+
+    def choose(yes, no):
+        return jax.tree.map(lambda yes, no: _where(complete, yes, no), yes, no)
+
+    if rule.learner.closes:
+        count = jnp.asarray(rule.chunk, closed[0].dtype)
+        close = functools.partial(rule.learner.close, count=count)
+        moved, change = jax.vmap(jax.vmap(close))(velocity)
+        closed, velocity = jax.tree.map(jnp.add, closed, change), choose(moved, velocity)
+    closed = jax.tree.map(rule.retention.close, closed, state.begin.weights)
+    place = jnp.where(complete, 0, place)
+    return Carry(choose(closed, base), choose(closed, weights), velocity, place)
 
 
 def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
@@ -343,12 +436,27 @@ def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
 
 
 def _run(rule, state: State, carry: Carry, tile: Tile, live, document):
-    """One run over rows and heads: (y [B,H,C,V], loss [B,H,C], base, weights, momentum)."""
-    over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, None, None))
-    plan = jax.vmap(over_heads)(tile.gates, live, document)
-    loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
-    found = (carry.base, carry.weights, carry.momentum)
-    return _read(rule, state, *found, tile, inputs, signals, plan), loss, *written
+    """One run over rows and heads: (y [B,H,C,V], loss [B,H,E], base, weights, momentum)."""
+    if dual.fits(rule):
+        plan = _plan(rule)(tile.gates, tile.learned, live, document)
+        loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
+        return _read(rule, state, carry, tile, inputs, signals, plan), loss, *written
+    head = functools.partial(by_token.gather if rule.learner.closes else by_token.run, rule)
+    # Axes that heads share: documents, and what is live.
+    learned = dual.Learned(0, 0, 0, None, None)
+    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, 0, learned, 0, None, None))
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, None, 0, 0, 0, 0, 0))
+    return over_rows(
+        carry.base, carry.weights, carry.momentum, state.begin, state.slow, tile.q, tile.learned,
+        tile.gates, live, document,
+    )  # fmt: skip
+
+
+def _plan(rule):
+    """`dual.plan` over rows and heads."""
+    learned = dual.Learned(0, 0, 0, None, None)
+    over_heads = jax.vmap(functools.partial(dual.plan, rule), in_axes=(0, learned, None, None))
+    return jax.vmap(over_heads)
 
 
 # In the backward pass, products are kept and what lies between them is computed again.
@@ -360,16 +468,20 @@ _keep_products = functools.partial(
 def _write(rule, state: State, carry: Carry, tile: Tile, plan: dual.Plan):
     """`dual.write` over rows and heads."""
     head = _keep_products(functools.partial(dual.write, rule))
-    over_heads = jax.vmap(head)
-    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0, 0, 0))
-    return over_rows(carry.base, carry.weights, carry.momentum, state.slow, tile.k, tile.v, plan)
+    learned = dual.Learned(0, 0, 0, None, None)
+    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, learned, 0))
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, None, 0, 0))
+    return over_rows(
+        carry.base, carry.weights, carry.momentum, state.begin, state.slow, tile.learned, plan
+    )
 
 
-def _read(rule, state: State, base, weights, velocity, tile: Tile, inputs, signals, plan):
+def _read(rule, state: State, carry: Carry, tile: Tile, inputs, signals, plan):
     """`dual.read` over rows and heads."""
     head = _keep_products(functools.partial(dual.read, rule))
     over_heads = jax.vmap(head)
-    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0, 0, 0, 0, 0))
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, None, None, 0, 0, 0, 0, 0))
     return over_rows(
-        base, weights, velocity, state.slow, tile.q, inputs, signals, plan, tile.gates.scale
-    )
+        carry.base, carry.weights, carry.momentum, state.begin, state.slow, tile.q, inputs, signals,
+        plan, tile.gates.scale,
+    )  # fmt: skip

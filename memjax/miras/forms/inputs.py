@@ -40,7 +40,7 @@ def check(
         raise ValueError(f"q has shape {q.shape} and k {k.shape}: they must be equal")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {v.shape} and k {k.shape}: batch, time, heads must be equal")
-    dim_k, dim_v = state.weights[0].shape[-2], state.weights[-1].shape[-1]
+    dim_k, dim_v = rule.structure.key_dim(state.weights), state.weights[-1].shape[-1]
     if (k.shape[3], v.shape[3]) != (dim_k, dim_v):
         raise ValueError(
             f"the memory maps dim {dim_k} to {dim_v}, but k has {k.shape[3]} and v {v.shape[3]}"
@@ -50,7 +50,23 @@ def check(
         raise ValueError("gates.momentum is None, but learner=momentum() needs it")
     if not rule.learner.needs_momentum and gates.momentum is not None:
         raise ValueError(f"gates.momentum was given, but {rule.learner} has no momentum")
-    for name in ("lr", "momentum", "retain", "scale"):
+    if rule.bias.needs_threshold != (gates.threshold is not None):
+        raise ValueError(
+            f"gates.threshold {'is None, but' if rule.bias.needs_threshold else 'was given, but'} "
+            f"the rule's bias {rule.bias} {'needs' if rule.bias.needs_threshold else 'has no'} one"
+        )
+    window = rule.learner.window
+    if gates.window is not None and (window == 1 or gates.window.shape != (*k.shape[:3], window)):
+        raise ValueError(
+            f"gates.window has shape {gates.window.shape}, but {rule.learner} learns a window of "
+            f"{window}: " + (f"it must be {(*k.shape[:3], window)}" if window > 1 else "leave it")
+        )
+    if bool(state.pairs) != (window > 1) or (window > 1 and state.pairs.k.shape[2] != window - 1):
+        raise ValueError(
+            f"the state's window is not that of {rule.learner}: use a state of miras.start with "
+            "this rule"
+        )
+    for name in ("lr", "momentum", "retain", "scale", "threshold"):
         gate = getattr(gates, name)
         if gate is None or gate.shape == k.shape[:3]:
             continue

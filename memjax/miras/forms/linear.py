@@ -35,6 +35,7 @@ from memjax.miras.products import (
     segment_products,
     unit_lower_inverse,
 )  # fmt: skip
+from memjax.miras.retention import decay, none
 from memjax.miras.rule import Gates, Rule, State
 from memjax.miras.structure import matrix
 from memjax.typing import Array, Bool, Float
@@ -63,6 +64,9 @@ def fits(rule: Rule, gates: Gates) -> bool:
         and isinstance(rule.learner, gd | implicit)
         and rule.chunk == 1
         and gates.scale is None
+        and type(rule.retention) in (decay, none)
+        and not rule.retention.to_initial
+        and rule.read != "chunk"
     )
 
 
@@ -90,13 +94,14 @@ def run(
     (begin,) = state.begin.weights
     document = jnp.cumsum(tiles.starts, axis=2, dtype=jnp.int32)
     head = functools.partial(_prepare, rule, restarts=restarts, compute=compute, loss=loss)
-    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, None, None, 0))
-    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, 0, None))
-    over_tiles = jax.vmap(over_rows, in_axes=(0, 0, 0, 0, 0, 0, None))
+    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, None, None, 0, 0))
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, 0, None, None))
+    over_tiles = jax.vmap(over_rows, in_axes=(0, 0, 0, 0, 0, 0, None, None))
     prepare = jax.checkpoint(
         over_tiles, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
     )
-    runs = prepare(tiles.q, tiles.k, tiles.v, tiles.gates, tiles.live, document, begin)
+    k, v = tiles.learned.k, tiles.learned.v
+    runs = prepare(tiles.q, k, v, tiles.gates, tiles.live, document, begin, state.slow)
 
     def step(weights, now):
         run, fresh = now
@@ -123,10 +128,10 @@ def run(
         return y, 0.5 * jnp.sum(jnp.square(errors), axis=-1), state
     reads, scores, begun = runs.predicts
     answers = matmul(reads, before, compute=compute) + matmul(scores, errors, compute=compute)
-    return y, rule.bias.loss(answers + begun, tiles.v.astype(y.dtype)), state
+    return y, rule.bias.loss(answers + begun, v.astype(y.dtype)), state
 
 
-def _prepare(rule, q, k, v, gates, live, document, begin, *, restarts, compute, loss) -> Run:
+def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, compute, loss) -> Run:
     """The `Run` of one tile and head: q, k [C, K], v [C, V], gates [C] (retain also [C, K])."""
     dtype = begin.dtype
     count = live.shape[0]
@@ -135,7 +140,8 @@ def _prepare(rule, q, k, v, gates, live, document, begin, *, restarts, compute, 
     last = document == document[-1]
     first = jnp.diff(document, prepend=document[:1] - 1) != 0
     lr = jnp.where(live, gates.lr, 0)
-    wide_k, wide_q, wide_v = k.astype(dtype), q.astype(dtype), v.astype(dtype)
+    wide_k, wide_q = (rule.structure.mapped(slow, z.astype(dtype)) for z in (k, q))
+    wide_v = v.astype(dtype)
     lower = same & (order[:, None] >= order[None, :])
     strict = same & (order[:, None] > order[None, :])
     retain = gates.retain

@@ -1,5 +1,9 @@
-"""The definition of a memory: token by token, gradients by automatic differentiation."""
+"""The definition of a memory: token by token, gradients by automatic differentiation.
 
+All but the bias's signal is differentiated as it stands; the signal is the bias's own definition.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,8 +12,8 @@ import jax.numpy as jnp
 from memjax import documents
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
-from memjax.miras.precision import accumulation_dtype, matmul
-from memjax.miras.rule import Gates, Rule, State
+from memjax.miras.precision import matmul
+from memjax.miras.rule import Gates, Pairs, Rule, State
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -58,7 +62,7 @@ def recurrent(
     def body(carry, x):
         return _write_and_read(rule, state, carry, x)
 
-    carry = (state.base, state.weights, state.momentum, state.place)
+    carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = grouped_scan(body, carry, xs)
     return _outcome(state, carry, jnp.moveaxis(y, 0, 1), q, segment_ids)
 
@@ -81,13 +85,13 @@ def step(
         raise ValueError(f"step takes one token, got {k.shape[1]}: use chunkwise")
     gates = check(rule, state, q, k, v, gates, segment_ids)
     token = jax.tree.map(lambda x: x[:, 0], _tokens(state, q, k, v, gates, segment_ids))
-    carry = (state.base, state.weights, state.momentum, state.place)
+    carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = _write_and_read(rule, state, carry, token)
     return _outcome(state, carry, y[:, None], q, segment_ids)
 
 
 def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "B T H V"]:
-    """`M(q; W)` with the state's weights as they are; nothing is written.
+    """`M(q; W)` with the state's weights W as they are; nothing is written.
 
     Args:
         rule: the memory.
@@ -101,7 +105,8 @@ def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "
         raise ValueError(
             f"q has shape {q.shape}, but the state is for batch {batch} and heads {heads}"
         )
-    y = _answer(rule, state.weights, state.slow, jnp.moveaxis(q, 1, 2), q.dtype)
+    weights = jax.tree.map(rule.retention.link, state.weights)
+    y = _answer(rule, weights, state.slow, jnp.moveaxis(q, 1, 2), q.dtype)
     return jnp.moveaxis(y, 2, 1).astype(q.dtype)
 
 
@@ -114,10 +119,10 @@ def _tokens(state, q, k, v, gates, segment_ids) -> Token:
 
 
 def _outcome(state, carry, y, q, segment_ids) -> tuple[Array, State]:
-    base, weights, velocity, place = carry
+    base, weights, velocity, place, pairs = carry
     segment = state.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
     state = state._replace(
-        base=base, weights=weights, momentum=velocity, place=place, segment=segment
+        base=base, weights=weights, momentum=velocity, place=place, segment=segment, pairs=pairs
     )
     return y.astype(q.dtype), state
 
@@ -134,44 +139,83 @@ def _answer(rule, fast, slow, x, compute):
 
 
 def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tuple[PyTree, Array]:
-    base, weights, velocity, place = carry
+    base, weights, velocity, place, pairs = carry
     compute = token.q.dtype
+    begin, link = state.begin, rule.retention.link
 
     def restart(now, begin):
         return jax.tree.map(lambda x, x_0: _rows(token.starts, x_0, x), now, begin)
 
-    base, weights = restart(base, state.begin.weights), restart(weights, state.begin.weights)
-    velocity = restart(velocity, state.begin.momentum)
+    base, weights = restart(base, begin.weights), restart(weights, begin.weights)
+    velocity = restart(velocity, begin.momentum)
     place = jnp.where(token.starts, 0, place)
     gates = token.gates
 
     def decayed(weights):
         if gates.retain is None:
             return weights
-        factor = gates.retain if gates.retain.ndim == 3 else gates.retain[..., None]
-        return jax.tree.map(lambda w: factor[..., None] * w, weights)
+        factor = (gates.retain if gates.retain.ndim == 3 else gates.retain[..., None])[..., None]
+        if rule.retention.to_initial:
+            return jax.tree.map(lambda w, w_0: w_0 + factor * (w - w_0), weights, begin.weights)
+        return jax.tree.map(lambda w: factor * w, weights)
 
     if rule.retention.first:
         base = decayed(base)
+    pairs, k, v, threshold, share = _learned(pairs, token)
+    threshold = () if threshold is None else (threshold,)
 
-    def loss(fast):
-        y = _answer(rule, fast, state.slow, token.k[:, :, None], compute)[:, :, 0]
-        return jnp.sum(rule.bias.loss(y, token.v.astype(accumulation_dtype(y.dtype))))
+    def answers(fast):
+        return _answer(rule, fast, state.slow, k, compute)
 
-    gradient = jax.grad(loss)(base)
+    y, pull_back = jax.vjp(answers, jax.tree.map(link, base))
+    signal = rule.bias.signal(y, v.astype(y.dtype), *threshold)
+    (gradient,) = pull_back(signal if share is None else share[..., None] * signal)
     new_velocity, change = jax.vmap(jax.vmap(rule.learner.update))(
         velocity, gradient, gates.lr, gates.momentum
     )
     written = jax.tree.map(jnp.add, decayed(weights), change)
-    seen = written if rule.read == "after" else weights
-    y = _answer(rule, _mix(base, seen, gates.scale), state.slow, token.q[:, :, None], compute)
+    seen = {"after": written, "before": weights, "chunk": base}[rule.read]
+    seen = jax.tree.map(link, _mix(base, seen, gates.scale))
+    y = _answer(rule, seen, state.slow, token.q[:, :, None], compute)
 
     complete = place + 1 == rule.chunk
     closed = _mix(base, written, gates.scale)
-    new_weights = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, written)
-    new_base = jax.tree.map(lambda c, w: _rows(complete, c, w), closed, base)
-    new_carry = (new_base, new_weights, new_velocity, jnp.where(complete, 0, place + 1))
+    closed_velocity = new_velocity
+    if rule.learner.closes:
+        close = functools.partial(rule.learner.close, count=jnp.asarray(rule.chunk, k.dtype))
+        closed_velocity, change = jax.vmap(jax.vmap(close))(new_velocity)
+        closed = jax.tree.map(jnp.add, closed, change)
+    closed = jax.tree.map(rule.retention.close, closed, begin.weights)
+
+    def choose(yes, no):
+        return jax.tree.map(lambda yes, no: _rows(complete, yes, no), yes, no)
+
+    new_carry = (
+        choose(closed, base), choose(closed, written), choose(closed_velocity, new_velocity),
+        jnp.where(complete, 0, place + 1), pairs,
+    )  # fmt: skip
     return new_carry, y[:, :, 0]
+
+
+def _learned(pairs: Pairs | tuple[()], token: Token):
+    """What a token learns: (pairs with it, keys, values, thresholds, shares), [B, H, c, ...]."""
+    gates = token.gates
+    k, v = token.k[:, :, None], token.v[:, :, None]
+    threshold = None if gates.threshold is None else gates.threshold[:, :, None]
+    if not pairs:
+        return pairs, k, v, threshold, None
+    live = jnp.pad(pairs.live & ~token.starts[:, None], ((0, 0), (0, 1)), constant_values=True)
+    here = live[:, None, :, None]
+    k = jnp.where(here, jnp.concatenate([pairs.k, k.astype(pairs.k.dtype)], axis=2), 0)
+    v = jnp.where(here, jnp.concatenate([pairs.v, v.astype(pairs.v.dtype)], axis=2), 0)
+    if threshold is not None:
+        threshold = jnp.concatenate([pairs.threshold, threshold], axis=2)
+    share = jnp.ones(k.shape[:3], k.dtype) if gates.window is None else gates.window[..., ::-1]
+    share = jnp.where(live[:, None], share, 0)
+    kept = Pairs(
+        k[:, :, 1:], v[:, :, 1:], None if threshold is None else threshold[:, :, 1:], live[:, 1:]
+    )
+    return kept, k, v, threshold, share
 
 
 def _rows(choose: Bool[Array, " B"], yes: Array, no: Array) -> Array:
