@@ -1,0 +1,93 @@
+"""Matrix memories on a mesh: values and gradients of one device, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax import sharding
+from memjax.layers import matrix_memory
+from tests.contracts.scenes import float64
+
+DIM, HEADS, BATCH, TIME = 8, 4, 4, 8
+MESHES = {
+    "heads": {"data": 2, "tensor": 4},
+    "mixed": {"fsdp": 2, "tensor": 2, "sequence": 2},
+}
+BUILDERS = {
+    "linear_attention": {}, "retnet": {}, "gla": {}, "mamba2": {"conv": 3},
+    "delta_net": {"conv": 3}, "gated_delta_net": {"conv": 3}, "kda": {"conv": 3},
+    "longhorn": {"conv": 3},
+}  # fmt: skip
+WHERE = [(name, "mixed") for name in BUILDERS] + [("mamba2", "heads"), ("kda", "heads")]
+
+
+def inputs():
+    """Documents begin at a place of its own in every row."""
+    ids = np.where(np.arange(TIME) < np.arange(2, 2 + BATCH)[:, None], 1, 2)
+    return np.random.default_rng(0).normal(size=(BATCH, TIME, DIM)), ids.astype(np.int32)
+
+
+@functools.cache
+def on_one_device(name):
+    """A function of (parameters, x, ids), random parameters, and what one device makes of them."""
+    builder, options = getattr(matrix_memory, name), BUILDERS[name]
+    module = nnx.eval_shape(lambda: builder(DIM, HEADS, 2, 3, **options, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(module, nnx.Param)
+    random = np.random.default_rng(1)
+    params = jax.tree.map(lambda w: jnp.asarray(0.6 * random.normal(size=w.shape)), shapes)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def run(params, x, ids):
+        params = sharding.constrain_params(params)  # as the language model does
+        y, state = nnx.merge(graphdef, params)(x, segment_ids=ids)
+        return jnp.sum(jnp.sin(y)), (y, state)
+
+    return run, params, run(params, *inputs())
+
+
+def on_mesh(run, params, mesh):
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    x, ids = inputs()
+    axes = (("batch", "time", None), ("batch", "time"))
+    placed = [jax.NamedSharding(mesh, sharding.spec(a, mesh)) for a in axes]
+    with jax.set_mesh(mesh):
+        return run(params, *jax.device_put((x, ids), tuple(placed)))
+
+
+def close(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * max(np.abs(b).max(), 1e-3))
+
+
+def held(array):
+    """The shape of a device's part."""
+    return array.addressable_shards[0].data.shape
+
+
+@pytest.mark.parametrize(("name", "layout"), WHERE)
+@float64
+def test_values_and_gradients_are_those_of_one_device(name, layout):
+    run, params, alone = on_one_device(name)
+    mesh = sharding.make_mesh(**MESHES[layout])
+    sharded = on_mesh(run, params, mesh)
+    jax.tree.map(close, sharded, alone)
+    gradients, fsdp, heads = sharded[0][0], mesh.shape["fsdp"], HEADS // mesh.shape["tensor"]
+    assert held(gradients["value"]["weight"].get_value()) == (DIM // fsdp, heads, 3)
+    # the one head of keys that Mamba-2's memories share is whole on every device
+    shared = 1 if name == "mamba2" else heads
+    assert held(gradients["key"]["weight"].get_value()) == (DIM // fsdp, shared, 2)
+    _, state = sharded[1]
+    rows = BATCH // (fsdp * mesh.shape["data"])
+    assert held(state.memory.weights[0])[:2] == (rows, heads)
+    if layout == "heads":  # the comparison can fail: one parameter, a millionth off, is seen
+        changed = jax.tree.map(lambda leaf: leaf, params)
+        changed["key"]["weight"] = jax.tree.map(
+            lambda w: w.at[0, 0, 0].multiply(1 + 1e-6), params["key"]["weight"]
+        )
+        with pytest.raises(AssertionError):
+            jax.tree.map(close, on_mesh(run, changed, mesh), alone)
