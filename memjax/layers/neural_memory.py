@@ -57,6 +57,7 @@ class NeuralMemory(nnx.Module):
         rngs: the stream `params` draws the weights.
     Raises:
         ValueError: sizes that do not fit.
+        TypeError: a rule that is none.
     Source: Titans (arXiv:2501.00663), section 4.4; initial gates are our choice: lr = lr_max / 10,
         momentum 0.5, retain 0.999.
     """
@@ -85,6 +86,11 @@ class NeuralMemory(nnx.Module):
             raise ValueError(f"conv {conv} and persistent {persistent} must be at least 0")
         if not lr_max > 0:
             raise ValueError(f"lr_max {lr_max} must be above 0")
+        if rule is not None and not isinstance(rule, miras.Rule):
+            raise TypeError(
+                f"rule must be a miras.Rule, such as miras.zoo.titans() or miras.Rule(structure,"
+                f" bias, retention, learner), got {rule!r}"
+            )
         self.rule = miras.zoo.titans() if rule is None else rule
         self.dim, self.heads, self.head_dim, self.lr_max = dim, heads, head_dim, lr_max
 
@@ -171,18 +177,15 @@ class NeuralMemory(nnx.Module):
         Returns:
             [B, T, dim] in the dtype of x, and the state after the last token.
         Raises:
-            ValueError: x or the state do not fit.
+            ValueError: x, the state or segment_ids do not fit.
+            TypeError: the state is not one of a `NeuralMemory`.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
         if state is None:
             state = self.start(x.shape[0])
             aligned = aligned or segment_ids is None
-        if state.memory.place.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        self._check(x, state, segment_ids)
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         gates = self._gates(x)
         y, surprise, memory = miras.trace(
@@ -216,6 +219,28 @@ class NeuralMemory(nnx.Module):
         q = unit(jax.nn.silu(constrain(self.query(x), ("batch", "time", "heads", "kv"))))
         h = miras.read(self.rule, state.memory._replace(weights=fast), q)
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
+
+    def _check(self, x, state, segment_ids) -> None:
+        """Raises where the state or the segment ids are not for x and this layer."""
+        if not isinstance(state, NeuralMemoryState):
+            raise TypeError(
+                f"state must be a NeuralMemoryState, got {type(state).__name__}: use"
+                f" start({x.shape[0]}), or what the last call returned"
+            )
+        if state.memory.place.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        there = [conv.inputs.shape[1:] for conv in state.convs]
+        ours = [(conv.width - 1, conv.dim) for conv in self.convs]
+        if there != ours:
+            raise ValueError(
+                f"the state is of a NeuralMemory with other convolutions: their inputs are {there},"
+                f" here {ours}; use start({x.shape[0]})"
+            )
+        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
 
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -327,3 +328,37 @@ def test_bad_options_are_named(options, message):
 def test_bad_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(layer())
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' own type checks, as for a user."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def other(**options):
+    return NeuralMemory(DIM, HEADS, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: layer()(x, segment_ids=x[:, :4, 0]), ValueError, r"\(2, 4\), must be \(2, 5\)"),
+        (lambda x: layer()(x, segment_ids=x[:1, :, 0]), ValueError, r"\(1, 5\), must be \(2, 5\)"),
+        (lambda x: layer()(x, (1, 2)), TypeError, r"a NeuralMemoryState, got tuple: .*start\(2\)"),
+        (lambda x: layer()(x, layer().start(2).memory), TypeError, "got State"),
+        (lambda x: layer()(x, other(conv=0).start(2)), ValueError, "other convolutions: .* are "),
+        (
+            lambda x: layer()(x, other(conv=2).start(2)),
+            ValueError,
+            r"other conv.*\(1, 6\).*\(3, 6",
+        ),
+        (lambda x: other(rule=miras.mlp()), TypeError, r"rule must be a miras.Rule.* got mlp\("),
+        (lambda x: other(rule=miras.zoo.titans), TypeError, "rule must be .*got <function titans"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(unchecked, call, error, message):
+    with pytest.raises(error, match=message):
+        call(jnp.ones((2, 5, DIM)))
