@@ -6,11 +6,11 @@
       --config=configs/quickstart.py --config.evaluate.context=1024 --config.data.source=my_texts/
 
 Without --config the configuration of the checkpoint is used. The numbers are printed and written to
-<workdir>/evaluation-<step>.json.
+<workdir>/evaluation-<step>.json, those of other settings to evaluation-<step>-2.json and so on, or
+to --out; the settings are in the file.
 """
 
 import json
-import os
 
 import jax
 from absl import flags
@@ -21,6 +21,7 @@ from memjax.training import cli, loop, report
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run (default: the config's)")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint (default: the newest)")
+OUT = flags.DEFINE_string("out", None, "file for the numbers (default: in the workdir)")
 
 
 def main() -> int:
@@ -33,11 +34,11 @@ def main() -> int:
     stretches = report.buckets(result.loss_by_position, result.tokens_by_position)
     if jax.process_index() == 0:
         for name, value in {"step": step, **result.scalars()}.items():
-            print(f"{name:<16}{value:.6g}")
+            print(f"{name:<16}{report.number(value)}")
         print(f"\n{report.SEEN:<30}{'loss':<12}tokens")
         for first, end, loss, tokens in stretches:
             print(f"{report.seen(first, end):<30}{loss:<12.4f}{tokens:.0f}")
-        path = os.path.join(workdir, f"evaluation-{step}.json")
+        path = OUT.value or report.evaluation_path(workdir, step, run.config)
         with open(path, "w", encoding="utf-8") as file:
             content = {"step": step, **result.scalars(), "loss_by_position": stretches}
             json.dump({**content, "config": run.config}, file, indent=1)

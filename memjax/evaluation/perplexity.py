@@ -150,7 +150,8 @@ def evaluate(
         evaluate(model, data.make_pipeline(..., split="validation"), tokenizer.byte_lengths)
 
     Args:
-      model: a language model, called as `model(tokens, segment_ids=..., positions=...)`.
+      model: a language model, called as `model(tokens, segment_ids=..., positions=...)`; parameters
+        that live on a mesh are copied to its first device.
       batches: batches of tokens, targets, weights, segment_ids, positions, each [B, T].
       byte_lengths: [Q], of the tokenizer.
       limit: at most this many batches.
@@ -160,7 +161,14 @@ def evaluate(
 
     Raises:
       ValueError: no counted token.
+      TypeError: the model is not an `nnx.Module`.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be an nnx.Module, got {type(model).__name__}: with run and params of"
+            " training.load it is nnx.merge(run.graphdef, params)"
+        )
     graphdef, params = nnx.split(model, nnx.Param)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     return run(make_step(graphdef, byte_lengths, mesh), params, batches, mesh=mesh, limit=limit)

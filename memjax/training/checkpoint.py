@@ -13,11 +13,12 @@ What can be wrong with one, and what happens:
 * the state that should be saved is not finite: `NonFiniteError`, and nothing is written.
 """
 
+import errno
 import functools
 import gc
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jax.experimental import multihost_utils
 
 import memjax
 from memjax.training import config as config_lib
+from memjax.training import disk
 from memjax.training.arrays import audit, flatten, unflatten
 from memjax.training.metrics import NonFiniteError
 from memjax.training.state import TrainState
@@ -94,6 +96,7 @@ class Checkpoints:
 
         Raises:
           NonFiniteError: an array of the state is not finite; the earlier checkpoints stay.
+          OSError: the disk was full, for this checkpoint or for the one before.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -108,12 +111,10 @@ class Checkpoints:
             "checksum": {name: np.asarray(value) for name, value in checksums.items()},
             "data": {name: np.asarray(value, np.int64) for name, value in data_state.items()},
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(tree), config=ocp.args.JsonSave(self._stored)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(tree), config=ocp.args.JsonSave(self._stored)
         )
+        self._writing(lambda: self._manager.save(step, args=args))
 
     def restore(
         self, like: TrainState, *, step: int | None = None, on_damage: str = "stop"
@@ -204,11 +205,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        self._writing(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
-        self._manager.close()
+        self._writing(self._manager.close)
+
+    def _writing(self, write: Callable[[], Any]) -> None:
+        """`write()`, with the errors of a full disk, of which Orbax has several, as one."""
+        try:
+            write()
+        except Exception as error:
+            if not disk.is_full(error):
+                raise
+        else:
+            return
+        _forget_pending_tasks()
+        raise OSError(errno.ENOSPC, "No space left for a checkpoint", self.directory)
 
 
 def _reading(where: str, read) -> Any:
@@ -220,7 +233,7 @@ def _reading(where: str, read) -> Any:
         raise  # says nothing about the files
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    _forget_pending_reads()
+    _forget_pending_tasks()
     raise DamagedError(f"{where} is damaged ({summary})")
 
 
@@ -244,8 +257,8 @@ def _silence_late_reads() -> None:
     sys.unraisablehook = hook
 
 
-def _forget_pending_reads() -> None:
-    """Frees now, and without a word, the tasks of reads that will not end."""
+def _forget_pending_tasks() -> None:
+    """Frees now, and without a word, the tasks of reads and writes that will not end."""
     asyncio_log = logging.getLogger("asyncio")
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     disabled, asyncio_log.disabled = asyncio_log.disabled, True

@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from memjax.training import disk
 from memjax.training import help as help_lib
 from memjax.training.checkpoint import DamagedError, MismatchError
 from memjax.training.config import complete, nearest
@@ -225,7 +226,9 @@ def run(main: Callable[[], Any]) -> None:
         except USER_ERRORS as error:
             if flags.FLAGS.traceback:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            full = isinstance(error, OSError) and error.errno in disk.NUMBERS
+            hint = "; make room and run the same command again" if full else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
             return 1
 
     app.run(guarded, flags_parser=_parse)

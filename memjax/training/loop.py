@@ -19,8 +19,8 @@ import memjax
 from memjax import data
 from memjax.evaluation import losses, perplexity
 from memjax.evaluation.placement import place
+from memjax.training import disk, report
 from memjax.training import metrics as metrics_lib
-from memjax.training import report
 from memjax.training import run as run_lib
 from memjax.training import state as state_lib
 from memjax.training import step as step_lib
@@ -28,10 +28,9 @@ from memjax.training.checkpoint import Checkpoints, NonFiniteError
 from memjax.training.lock import exclusive
 from memjax.training.signals import StopSignals
 
-ADVICE = (
-    "Try a lower --config.train.lr, a longer --config.train.warmup, a smaller --config.train.clip"
-    " or --config.model.dtype=float32; if it stops at the same step again, that checkpoint may be"
-    " ruined already: begin anew in another --workdir"
+FULL = (
+    "make room and run the same command again, which goes on from the last complete checkpoint"
+    " (--config.train.keep=1 keeps only one; --config.train.checkpoint_dir=DIR keeps them in DIR)"
 )
 
 
@@ -82,6 +81,7 @@ def train(
     Raises:
       ValueError: a bad configuration, or checkpoints in `workdir` with `train.resume` off.
       NonFiniteError: a loss or gradient that is not finite; the last checkpoint stays.
+      OSError: the disk is full, among others; the last complete checkpoint stays.
       MismatchError, DamagedError: of `training.checkpoint`.
     """
     run = run_lib.build(config)
@@ -91,9 +91,10 @@ def train(
     _say(run, f"{pipeline.describe()}\n{validation.describe()}")
     if jax.process_index() == 0 and (unfit := held_out_warning(run, pipeline, validation)):
         logging.warning("%s", unfit)
-    os.makedirs(workdir, exist_ok=True)
-    with exclusive(workdir):
-        return _train_from_checkpoints(run, workdir, until, forward, pipeline, validation)
+    with disk.explained(workdir, FULL):
+        os.makedirs(workdir, exist_ok=True)
+        with exclusive(workdir):
+            return _train_from_checkpoints(run, workdir, until, forward, pipeline, validation)
 
 
 def _train_from_checkpoints(run, workdir, until, forward, pipeline, validation) -> Summary:
@@ -111,10 +112,22 @@ def _train_from_checkpoints(run, workdir, until, forward, pipeline, validation) 
         steps = checkpoints.steps()
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "none was saved so far"
         raise NonFiniteError(
-            f"{error}. Training stopped; {kept} in {checkpoints.directory}. {ADVICE}"
+            f"{error}. Training stopped; {kept} in {checkpoints.directory}. {_advice(run)}"
         ) from None
     finally:
         checkpoints.close()
+
+
+def _advice(run: run_lib.Run) -> str:
+    """What to try against a loss that is not finite."""
+    clip = "a smaller --config.train.clip" if run.train.clip else "--config.train.clip=1.0"
+    ways = ["a lower --config.train.lr", "a longer --config.train.warmup", clip]
+    if run.model.dtype != "float32":
+        ways.append("--config.model.dtype=float32")
+    return (
+        f"Try {', '.join(ways[:-1])} or {ways[-1]}; if it stops at the same step again, that"
+        " checkpoint may be ruined already: begin anew in another --workdir"
+    )
 
 
 def _begin(run, checkpoints, pipeline) -> tuple[state_lib.TrainState, int]:
@@ -300,9 +313,9 @@ def devices(run: run_lib.Run) -> str:
 
 
 def training_time(summary: Summary) -> str:
-    """The time in the loop, compiling included, and which steps it was for."""
+    """The time in the loop, what it includes, and which steps it was for."""
     since = f", from step {summary.resumed} on" if summary.resumed else ""
-    return f"{summary.seconds:.0f} s{since}"
+    return f"{summary.seconds:.0f} s{since}, with compiling, evaluating and saving"
 
 
 def describe(run: run_lib.Run, summary: Summary) -> dict[str, Any]:

@@ -120,7 +120,11 @@ class Writer:
         self._board = SummaryWriter(
             os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None
         )
-        self._line({"kind": "start", "step": step})
+        try:
+            self._line({"kind": "start", "step": step})
+        except OSError as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     def _line(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -146,9 +150,18 @@ class Writer:
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.close()
             self._board.close()
+        except OSError:
+            # Its exit handler would try once more, and print a traceback below the error.
+            events = self._board.file_writer.event_writer
+            events._worker.stop()
+            events._closed = True
+            if exc[0] is None:  # else that is what went wrong first
+                raise
 
 
 def read(workdir: str) -> dict[str, list[dict[str, Any]]]:

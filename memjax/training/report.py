@@ -89,6 +89,33 @@ def _position_curve(figure_type, stretches, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def evaluation_path(workdir: str, step: int, config: dict[str, Any]) -> str:
+    """Where the numbers of an evaluation go, so that those of other settings are kept.
+
+    Args:
+      workdir: directory of the run.
+      step: of the checkpoint.
+      config: the whole configuration of the evaluation.
+
+    Returns:
+      `<workdir>/evaluation-<step>.json`, or with -2, -3 ... at the end: the first that does not
+      exist or has the same configuration.
+    """
+    config = json.loads(json.dumps(config))
+    for number in itertools.count(1):
+        name = f"evaluation-{step}" + (f"-{number}" if number > 1 else "")
+        path = os.path.join(workdir, f"{name}.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                there = json.load(file)
+        except FileNotFoundError:
+            return path
+        except ValueError:  # damaged: kept
+            continue
+        if isinstance(there, dict) and there.get("config") == config:
+            return path
+
+
 def write(workdir: str, summary: dict[str, Any]) -> str:
     """Writes `<workdir>/report/`: report.md, report.json, loss.png, position.png.
 
@@ -141,17 +168,21 @@ def write(workdir: str, summary: dict[str, Any]) -> str:
     return directory
 
 
-def _markdown(summary: dict[str, Any], figures: dict[str, str], stretches) -> str:
-    def text(value):
-        if isinstance(value, float):
-            return (
-                f"{value:.4g}" if not math.isfinite(value) or abs(value) < 1e5 else f"{value:.0f}"
-            )
+def number(value: Any) -> str:
+    """A number as a table has it: 1,312,048, 2.810, 16.61, 1.000e-05; other things as they are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
+    if abs(value) >= 1000 or value.is_integer():
+        return f"{value:,.0f}"
+    return f"{value:#.4g}"
 
+
+def _markdown(summary: dict[str, Any], figures: dict[str, str], stretches) -> str:
     lines = [f"# {summary.get('name', 'Run')}", "", "| | |", "|---|---|"]
     lines += [
-        f"| {name.replace('_', ' ')} | {text(value)} |"
+        f"| {name.replace('_', ' ')} | {number(value)} |"
         for name, value in summary.items()
         if name != "name"
     ]
@@ -161,5 +192,5 @@ def _markdown(summary: dict[str, Any], figures: dict[str, str], stretches) -> st
         lines += ["", NO_PLOTS[0].upper() + NO_PLOTS[1:] + "."]
     if stretches:
         lines += ["", f"| {SEEN} | loss (nats a token) | tokens |", "|---|---|---|"]
-        lines += [f"| {seen(a, b)} | {loss:.4f} | {n:.0f} |" for a, b, loss, n in stretches]
+        lines += [f"| {seen(a, b)} | {loss:.4f} | {number(n)} |" for a, b, loss, n in stretches]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -117,6 +118,18 @@ def test_an_evaluation_on_a_mesh():
     result = perplexity.run(step, params, found, mesh=mesh)
     assert result.loss == pytest.approx(single.loss, rel=1e-6)
     np.testing.assert_allclose(result.loss_by_position, single.loss_by_position, rtol=1e-5)
+    # The same parameters in a model, where they stay on the mesh.
+    again = evaluation.evaluate(nnx.merge(graphdef, params), found, BYTES)
+    assert again.loss == pytest.approx(single.loss, rel=1e-6)
+
+
+def test_what_is_no_model_is_named():
+    jaxtyping.config.update("jaxtyping_disable", True)  # the tests' type checks come first
+    try:
+        with pytest.raises(TypeError, match=r"nnx.Module, got State: .*nnx.merge\(run"):
+            evaluation.evaluate(nnx.state(Bigram(np.zeros((4, 4)))), batches(1), BYTES)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_token_losses_are_in_fp32_and_exact_for_large_logits():

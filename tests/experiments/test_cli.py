@@ -1,6 +1,7 @@
 """The command lines: configs, overrides, errors in one line, and the scripts end to end."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -202,6 +203,12 @@ def test_the_whole_way(setting):
     line = next(x for x in found.stdout.splitlines() if x.startswith("bits_per_byte"))
     assert float(line.split()[-1]) == pytest.approx(float(bits), abs=1e-3)
     assert (folder / "run" / "evaluation-6.json").exists()
+
+    wider = ("--config.evaluate.batches=1", config)
+    assert "evaluation-6-2.json" in script("evaluate.py", workdir, *wider[::-1]).stdout
+    out = folder / "wide.json"
+    assert script("evaluate.py", workdir, *wider[::-1], f"--out={out}").returncode == 0
+    assert json.loads(out.read_text())["config"]["evaluate"]["batches"] == 1
 
     text = [script("generate.py", workdir, "--prompt=é", "--length=8", "--seed=1") for _ in "ab"]
     assert text[0].returncode == 0, text[0].stderr

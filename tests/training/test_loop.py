@@ -1,8 +1,10 @@
 """The loop: resumed runs are the run without a stop, bit for bit; every way to stop; the report."""
 
+import errno
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from memjax.training import checkpoint, loop, metrics, report
+from memjax.training import checkpoint, disk, loop, metrics, report
 from memjax.training import run as run_lib
 from memjax.training.checkpoint import Checkpoints
 from memjax.training.metrics import NonFiniteError
@@ -156,6 +158,48 @@ def test_a_state_that_is_not_finite_is_never_saved(corpus, tmp_path):
     assert int(state.step) == 2
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"warmup or a smaller --config.train.clip; if"),
+        ({"clip": None}, r"warmup or --config.train.clip=1.0; if"),
+    ],
+)
+def test_the_advice_knows_the_configuration(corpus, fields, message):
+    run = run_lib.build(helpers.config(corpus, train=fields))
+    assert re.search(message, loop._advice(run))
+    run = run_lib.build(helpers.config(corpus, train=fields, model={"dtype": "bfloat16"}))
+    assert " or --config.model.dtype=float32; if" in loop._advice(run)
+
+
+def test_a_full_disk_is_explained(corpus, tmp_path, monkeypatch):
+    """Where the metrics go, and where a checkpoint does: Orbax has errors of its own for it."""
+    config = helpers.config(corpus)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / metrics.FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"disk of .*/metrics: make room and run the same command"):
+        loop.train(config, str(tmp_path / "metrics"))
+
+    def full(*args, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device")
+
+    loop.train(config, str(tmp_path / "run"), until=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(OSError, match=r"disk of .*/run/checkpoints: make room .*train.keep=1"):
+            loop.train(config, str(tmp_path / "run"))
+    assert loop.train(config, str(tmp_path / "run")).resumed == 2
+
+
+def test_only_a_full_disk_is_explained():
+    with pytest.raises(ValueError, match=r"^another$"), disk.explained("runs/x", "make room"):
+        raise ValueError("another")
+    full = RuntimeError("the writer died")
+    full.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert disk.is_full(full)
+    assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
+
+
 # Sends itself SIGTERM while it prepares batch 4, then does what experiments/train.py does.
 SCRIPT = """
 import os, runpy, signal, sys
@@ -224,7 +268,12 @@ def test_the_report(straight):
     assert png(folder / "position.png")
     text = (folder / "report.md").read_text()
     assert "![Bits per byte during training](loss.png)" in text
-    assert f"| validation bits per byte | {summary.validation.bits_per_byte:.4g} |" in text
+    assert f"| validation bits per byte | {summary.validation.bits_per_byte:.3f} |" in text
+    assert f"| validation tokens | {summary.validation.tokens:,.0f} |" in text
+    assert f"| parameters | {run_lib.build(config).parameters:,} |" in text
+    time = loop.training_time(summary)
+    assert re.fullmatch(r"\d+ s, with compiling, evaluating and saving", time)
+    assert loop.describe(run_lib.build(config), summary)["training_time"] == time
     content = json.loads((folder / "report.json").read_text())
     assert content["validation_loss"] == pytest.approx(summary.validation.loss)
     assert [step for step, _ in content["bits_per_byte_curve"]["train"]] == [2, 4, 6]
@@ -249,6 +298,43 @@ def test_the_report_without_matplotlib(straight, tmp_path, monkeypatch, caplog):
     assert sorted(p.name for p in folder.iterdir()) == ["report.json", "report.md"]
     assert 'pip install "memjax[plot]"' in (folder / "report.md").read_text()
     assert 'pip install "memjax[plot]"' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1312048, "1,312,048"),
+        (2.81, "2.810"),
+        (16.6149, "16.61"),
+        (32256.0, "32,256"),
+        (7974.4, "7,974"),
+        (12.0, "12"),
+        (1e-5, "1.000e-05"),
+        (float("nan"), "nan"),
+        (True, "True"),
+        ("a, b", "a, b"),
+    ],
+)
+def test_numbers_of_the_report(value, text):
+    assert report.number(value) == text
+
+
+def test_evaluations_of_other_settings_are_kept(tmp_path):
+    def path(config, step=6):
+        return pathlib.Path(report.evaluation_path(str(tmp_path), step, config))
+
+    first = {"evaluate": {"context": None}, "model": {"pattern": ("mac",)}}
+    second = {**first, "evaluate": {"context": 1024}}
+    assert path(first).name == "evaluation-6.json"
+    path(first).write_text(json.dumps({"config": first}))
+    assert path(first).name == "evaluation-6.json", "the same again"
+    assert path(second).name == "evaluation-6-2.json"
+    path(second).write_text("{")
+    assert path(second).name == "evaluation-6-3.json", "what is damaged is kept"
+    path(second).write_text(json.dumps({"config": second}))
+    assert path(second).name == "evaluation-6-3.json"
+    assert path(first).name == "evaluation-6.json"
+    assert path(second, step=7).name == "evaluation-7.json"
 
 
 def test_stretches_of_positions_average_by_tokens():
