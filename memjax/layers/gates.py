@@ -17,22 +17,52 @@ class GateHead(nnx.Module):
     Args:
         dim: model dimension.
         heads: H.
+        channels: gates of each head; None: one, without an axis of its own.
         initial: value of the gate at the start, between 0 and 1.
         rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
     Raises:
         ValueError: `initial` is not between 0 and 1, or a size below 1.
     """
 
-    def __init__(self, dim: int, heads: int, *, initial: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        channels: int | None = None,
+        initial: float,
+        rngs: nnx.Rngs,
+    ):
         if not 0 < initial < 1:
             raise ValueError(f"GateHead initial {initial} must be between 0 and 1")
-        self.linear = Linear(dim, heads, axes=("embed", "heads"), bias=True, rngs=rngs)
+        shape = heads if channels is None else (heads, channels)
+        axes = ("embed", "heads") if channels is None else ("embed", "heads", None)
+        self.linear = Linear(dim, shape, axes=axes, bias=True, rngs=rngs)
         self.linear.weight[...] *= 0.1
         self.linear.bias[...] += jnp.log(initial / (1 - initial))
 
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H *K"]:
+        """[B, T, dim] to [B, T, heads] or [B, T, heads, channels], fp32."""
+        return jax.nn.sigmoid(self.linear(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+
+
+class ThresholdHead(nnx.Module):
+    """A threshold per token and head: `softplus(x W + b)` in fp32, 1 where x W is 0.
+
+    Args:
+        dim: model dimension.
+        heads: H.
+        rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
+    """
+
+    def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
+        self.linear = Linear(dim, heads, axes=("embed", "heads"), bias=True, rngs=rngs)
+        self.linear.weight[...] *= 0.1
+        self.linear.bias[...] += math.log(math.e - 1)
+
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
         """[B, T, dim] to [B, T, heads], fp32."""
-        return jax.nn.sigmoid(self.linear(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+        return jax.nn.softplus(self.linear(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
 
 
 class SoftplusDecay(nnx.Module):

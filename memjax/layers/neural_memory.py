@@ -8,7 +8,7 @@ from flax import nnx
 
 from memjax import miras
 from memjax.layers.conv import CausalConv, ConvState
-from memjax.layers.gates import GateHead
+from memjax.layers.gates import GateHead, ThresholdHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
 from memjax.layers.statistics import MemoryStats
@@ -59,7 +59,7 @@ class NeuralMemory(nnx.Module):
         ValueError: sizes that do not fit.
         TypeError: a rule that is none.
     Source: Titans (arXiv:2501.00663), section 4.4; initial gates are our choice: lr = lr_max / 10,
-        momentum 0.5, retain 0.999.
+        momentum 0.5, retain 0.999, threshold 1, shares of the window 0.9.
     """
 
     def __init__(
@@ -112,13 +112,25 @@ class NeuralMemory(nnx.Module):
         )
         self.momentum = GateHead(dim, heads, initial=0.5, rngs=rngs) if has_momentum else None
         self.retain = GateHead(dim, heads, initial=0.999, rngs=rngs) if has_retain else None
+        self.threshold = (
+            ThresholdHead(dim, heads, rngs=rngs) if self.rule.bias.needs_threshold else None
+        )
+        window = self.rule.learner.window
+        self.window = (
+            GateHead(dim, heads, channels=window, initial=0.9, rngs=rngs) if window > 1 else None
+        )
         keys = jax.random.split(rngs.params(), heads)
         weights = jax.vmap(lambda key: self.rule.init(key, head_dim, head_dim))(keys)
         self.fast = nnx.List(
             nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in weights.fast
         )
         self.slow = nnx.Dict(
-            {name: nnx.Param(w, axes=("heads", "memory_out")) for name, w in weights.slow.items()}
+            {
+                name: nnx.Param(
+                    w, axes=("heads", "memory_out" if name in ("scale", "bias") else None)
+                )
+                for name, w in weights.slow.items()
+            }
         )
         self.persistent = (
             nnx.Param(
@@ -263,4 +275,6 @@ class NeuralMemory(nnx.Module):
             lr=self.lr_max * self.lr(x),
             momentum=None if self.momentum is None else self.momentum(x),
             retain=None if self.retain is None else self.retain(x),
+            threshold=None if self.threshold is None else self.threshold(x),
+            window=None if self.window is None else self.window(x),
         )

@@ -1,10 +1,11 @@
 """The zoo: published memories as rules, a few lines each."""
 
-from memjax.miras.bias import dot, l2
-from memjax.miras.learner import gd, implicit, momentum
-from memjax.miras.retention import decay, none
+from memjax.miras.bias import dot, huber, l2, lp
+from memjax.miras.features import Features, polynomial, taylor_exp
+from memjax.miras.learner import chunk_muon, gd, implicit, momentum, muon, omega
+from memjax.miras.retention import decay, lq, none, renormalise, simplex
 from memjax.miras.rule import Rule
-from memjax.miras.structure import matrix, mlp
+from memjax.miras.structure import gated_mlp, matrix, mlp
 
 
 def titans(
@@ -118,3 +119,113 @@ def longhorn() -> Rule:
     Source: Liu et al. (arXiv:2407.14207), theorem 3.1, without its diagonal approximation.
     """
     return Rule(matrix(), l2(), none(), implicit(), chunk=1)
+
+
+def moneta(*, p: float = 3.0, q: float = 4.0, expansion: int = 4, chunk: int = 64) -> Rule:
+    """Moneta: the p-norm of the error, retained by the q-norm of the weights.
+
+        A_t = a_t A_{t-1} - lr_t grad ||M(k_t; W') - v_t||_p^p,   W_t = A_t / ||A_t||_q^(q-2)
+
+    Source: Miras (arXiv:2504.13173), equations 24 and 25; normalised at every token
+        (docs/deviations.md).
+    """
+    return Rule(_deep(expansion), lp(p), lq(q), gd(), chunk=chunk)
+
+
+def yaad(*, expansion: int = 4, chunk: int = 64) -> Rule:
+    """Yaad: Huber's loss, its threshold from the token (`Gates.threshold`), weight decay.
+
+    Source: Miras (arXiv:2504.13173), equations 16 and 26.
+    """
+    return Rule(_deep(expansion), huber("switch"), decay(), gd(), chunk=chunk)
+
+
+def memora(*, expansion: int = 4, chunk: int = 64) -> Rule:
+    """Memora: weights that are probabilities, retained by the Kullback-Leibler divergence.
+
+        W_t = softmax(a_t log W_{t-1} - lr_t grad 1/2 ||M(k_t; W') - v_t||^2)
+
+    Source: Miras (arXiv:2504.13173), equation 27; exact at every token (docs/deviations.md).
+    """
+    return Rule(_deep(expansion), l2(), simplex(), gd(), chunk=chunk)
+
+
+def dla(*, expansion: int = 4, chunk: int = 64) -> Rule:
+    """Deep linear attention: a deep memory that learns similarity instead of regression.
+
+        W_t = a_t W_{t-1} + lr_t grad <M(k_t; W'), v_t>
+
+    Source: ATLAS (arXiv:2505.23735), section 4.1.
+    """
+    return Rule(_deep(expansion), dot(), decay(), gd(), chunk=chunk)
+
+
+def swdt(*, window: int = 4, degree: int = 2, expansion: int = 4, chunk: int = 64) -> Rule:
+    """Sliding-window deep transformer: `dla` over the last tokens, on features of exp.
+
+    Source: ATLAS (arXiv:2505.23735), section 4.2; the exponential map by its Taylor polynomial of
+        `degree` (docs/deviations.md).
+    """
+    structure = _deep(expansion, taylor_exp(degree))
+    return Rule(structure, dot(), decay(), omega(window, gd()), chunk=chunk)
+
+
+def deep_omega_transformer(
+    *, window: int = 4, degree: int = 2, expansion: int = 4, chunk: int = 64
+) -> Rule:
+    """Dot, the deep Omega transformer: `omega_net` on features of exp.
+
+    Source: ATLAS (arXiv:2505.23735), section 4.3; the map as for `swdt`.
+    """
+    structure = _deep(expansion, taylor_exp(degree))
+    return Rule(structure, l2(), decay(), omega(window, gd()), chunk=chunk)
+
+
+def omega_net(*, window: int = 4, degree: int = 2, expansion: int = 4, chunk: int = 64) -> Rule:
+    """OmegaNet: learns the last `window` tokens at every token, on polynomial features.
+
+        W_t = a_t W_{t-1} - lr_t grad sum_{t-c < i <= t} w_{t,i} 1/2 ||M(phi(k_i); W') - v_i||^2
+
+    Args:
+        window: c.
+        degree: of the polynomial features; 1 = keys and queries with a constant.
+        expansion, chunk: see `titans`.
+    Source: ATLAS (arXiv:2505.23735), section 3.
+    """
+    structure = _deep(expansion, polynomial(degree))
+    return Rule(structure, l2(), decay(), omega(window, gd()), chunk=chunk)
+
+
+def atlas(
+    *, window: int = 4, degree: int = 2, expansion: int = 4, chunk: int = 64, steps: int = 5
+) -> Rule:
+    """ATLAS: `omega_net` with momentum whose matrices are orthogonalised at every token.
+
+        S_t = e_t S_{t-1} - grad of the window,   W_t = a_t W_{t-1} + lr_t NS(S_t)
+
+    Args:
+        window, degree, expansion, chunk: see `omega_net`.
+        steps: Newton-Schulz iterations.
+    Source: ATLAS (arXiv:2505.23735), equations 32 and 33.
+    """
+    structure = _deep(expansion, polynomial(degree))
+    return Rule(structure, l2(), decay(), omega(window, muon(steps)), chunk=chunk)
+
+
+def lact(*, expansion: int = 2, chunk: int = 2048, steps: int = 5) -> Rule:
+    """LaCT: a SwiGLU memory that is read for a large chunk, then takes one Muon step on it.
+
+    Args:
+        expansion, chunk: see `titans`.
+        steps: Newton-Schulz iterations; 0 = plain momentum by chunk.
+    Source: LaCT (arXiv:2505.23884), section 3.
+    """
+    return Rule(
+        gated_mlp(expansion=expansion), dot(), renormalise(), chunk_muon(steps), chunk=chunk,
+        read="chunk",
+    )  # fmt: skip
+
+
+def _deep(expansion: int, features: Features | None = None) -> mlp:
+    """The memory network of Miras and ATLAS: `x + LN(gelu(phi(x) W_1) W_2)`."""
+    return mlp(expansion=expansion, norm=True, residual=True, features=features)

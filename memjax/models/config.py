@@ -13,10 +13,12 @@ from memjax.models.registry import nearest
 REMAT = ("none", "full", "dots")
 DTYPES = ("bfloat16", "float32")
 RULES = {
-    "titans": miras.zoo.titans,
-    "ttt_linear": miras.zoo.ttt_linear,
-    "ttt_mlp": miras.zoo.ttt_mlp,
-}
+    name: getattr(miras.zoo, name)
+    for name in (
+        "titans", "ttt_linear", "ttt_mlp", "moneta", "yaad", "memora", "dla", "swdt",
+        "deep_omega_transformer", "omega_net", "atlas", "lact",
+    )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +26,14 @@ class MemoryConfig:
     """The neural memory of the blocks that have one.
 
     Args:
-        rule: its row of `memjax.miras.zoo`: "titans", "ttt_linear" or "ttt_mlp".
+        rule: its row of `memjax.miras.zoo`, one of the deep memories and TTT's; blocks that bear
+            the name of one (`pattern=("atlas",)`) take that.
         heads: number of memories side by side; None takes the heads of the model.
         depth, expansion, norm, residual: the memory network, see `memjax.miras.mlp`; None takes
             what the rule has, and a rule that fixes one takes nothing else.
         chunk: tokens between two updates of the weights that gradients are taken at.
+        window, degree: tokens that are learned together and degree of the features, for the rules
+            that have them: ATLAS and its kin.
         lr_max: the largest inner learning rate.
         combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
         value_dim: dimension of the values of a head, for the matrix memories; None takes what each
@@ -43,13 +48,15 @@ class MemoryConfig:
     norm: bool | None = None
     residual: bool | None = None
     chunk: int = 64
+    window: int = 4
+    degree: int = 2
     lr_max: float | int = 0.1
     combine: str = "gate"
     value_dim: int | None = None
     negative_eigenvalues: bool = False
 
     def __post_init__(self):
-        _at_least(self, "memory.", 1, ("chunk",))
+        _at_least(self, "memory.", 1, ("chunk", "window", "degree"))
         _at_least(self, "memory.", 1, ("heads", "depth", "expansion", "value_dim"), optional=True)
         for name in ("norm", "residual"):
             if getattr(self, name) not in (True, False, None):
@@ -77,7 +84,8 @@ class MemoryConfig:
         """
         make = RULES[self.rule]
         options = inspect.signature(make).parameters
-        given = {"chunk": self.chunk}
+        given = {name: getattr(self, name) for name in ("chunk", "window", "degree")}
+        given = {name: value for name, value in given.items() if name in options}
         for name in ("depth", "expansion", "norm", "residual"):
             if getattr(self, name) is None:
                 continue

@@ -18,6 +18,8 @@ Layers of memjax name the logical axes of their parameters, so that meshes can s
 parameters of plain Flax layers work too, whole on every device. docs/extending.md has an example.
 """
 
+import dataclasses
+
 from flax import nnx
 
 from memjax.layers import Attention, MatrixMemory, NeuralMemory, matrix_memory
@@ -73,6 +75,23 @@ def _memory(config, rngs: nnx.Rngs, persistent: int) -> NeuralMemory:
         lr_max=config.memory.lr_max,
         rngs=rngs,
     )
+
+
+def _named(rule: str):
+    """The memory of one row of the zoo in the shell of Titans' and Miras' layers."""
+
+    def build(config, rngs: nnx.Rngs) -> NeuralMemory:
+        memory = dataclasses.replace(config.memory, rule=rule)
+        return _memory(dataclasses.replace(config, memory=memory), rngs, config.persistent)
+
+    return build
+
+
+for _rule in (
+    "ttt_linear", "ttt_mlp", "moneta", "yaad", "memora", "dla", "swdt", "deep_omega_transformer",
+    "omega_net", "atlas", "lact",
+):  # fmt: skip
+    register(_rule)(_named(_rule))
 
 
 @register("lmm")
