@@ -16,21 +16,24 @@ from memjax.miras.learner import (
     Learner,
     chunk_muon,
     delta_momentum,
+    exchange,
     gd,
     implicit,
     momentum,
     muon,
+    normal_equations,
     omega,
 )
 from memjax.miras.retention import Retention, decay, elastic_net, lq, none, renormalise, simplex
 from memjax.miras.rule import Begin, Gates, Pairs, Rule, State, begin_from, start
-from memjax.miras.structure import Structure, Weights, gated_mlp, matrix, mlp, vector
+from memjax.miras.structure import Structure, Weights, gated_mlp, least_squares, matrix, mlp, vector
 
 __all__ = [
     "Begin", "Bias", "Features", "Gates", "Learner", "Pairs", "Retention", "Rule", "State",
     "Structure", "Weights", "begin_from", "chunk_muon", "chunkwise", "decay", "delta_momentum",
-    "dot", "dpfp", "elastic_net", "elu1", "gated_mlp", "gd", "huber", "implicit", "l2", "lp", "lq",
-    "matrix", "mlp", "momentum", "muon", "none", "omega", "polynomial", "read", "recurrent",
+    "dot", "dpfp", "elastic_net", "elu1", "exchange", "gated_mlp", "gd", "huber", "implicit", "l2",
+    "least_squares", "lp", "lq", "matrix", "mlp", "momentum", "muon", "none", "normal_equations",
+    "omega", "polynomial", "read", "recurrent",
     "renormalise", "robust", "simplex", "start", "step", "surprise", "taylor_exp", "trace",
     "vector", "zoo",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from memjax.miras.bias import Bias, l2
 from memjax.miras.newton_schulz import orthogonal
 from memjax.miras.products import prefix_products, segment_products
 from memjax.miras.retention import Retention
-from memjax.miras.structure import Structure, matrix
+from memjax.miras.structure import Structure, least_squares, matrix
 from memjax.typing import Array, Bool, Float, PyTree
 
 
@@ -29,6 +29,8 @@ class Learner:
     needs_momentum = False
     linear = True  # whether the change is linear in the gradients, and `response` there
     closes = False  # whether the weights change at the ends of chunks only
+    exchanges = False  # whether it erases along one key and writes along another: `Gates.write`
+    solves = False  # whether what is read is the solution of a system that it keeps
     window = 1  # tokens whose gradients a token takes, itself the last
 
     def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
@@ -110,13 +112,7 @@ class implicit(gd):
         return lr / (1 + lr * jnp.sum(jnp.square(k.astype(lr.dtype)), axis=-1))
 
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
-        plain = isinstance(structure, matrix) and structure.features is None and retention.linear
-        if not (plain and isinstance(bias, l2) and chunk == 1):
-            raise ValueError(
-                "implicit() has a closed form for matrix() without features, l2(), decay() or "
-                f"none(), and chunk 1 alone, not for {structure}, {bias}, {retention} and chunk "
-                f"{chunk}: use gd() or momentum()"
-            )
+        _online_matrix("implicit()", structure, bias, retention, chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +138,64 @@ class momentum(Learner):
     ) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
         between = segment_products(eta, same)
         return between, prefix_products(between, eta, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class exchange(gd):
+    """Erases what is found along one key and writes the value along another:
+
+        W_t = a_t W_{t-1} - (lr_t o k_t)^T (k_t W_{t-1}) + w_t^T v_t
+
+    with `Gates.lr` per key channel [B, T, H, K] and w = `Gates.write` [B, T, H, K]; for
+    `w = lr o k` this is `gd()` on `l2` with a rate per channel. Needs `matrix`, `l2` and chunk 1.
+
+    Source: RWKV-7 (arXiv:2503.14456), equation 17.
+    """
+
+    exchanges = True
+
+    def rates(self, lr: Float[Array, "*N K"], k: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
+        return lr
+
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        _online_matrix("exchange()", structure, bias, retention, chunk)
+        if retention.first:
+            raise ValueError(
+                "exchange() finds along k what stood there before the decay: use decay() with "
+                'before="update"'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class normal_equations(gd):
+    """The least-squares solution of all pairs so far, weighted by their decays:
+
+        W_t = argmin_W  sum_{i <= t} (prod_{i < j <= t} a_j) lr_i ||k_i W - v_i||^2 + ridge
+
+    from `H_t = a_t H_{t-1} + lr_t k_t^T k_t` and `G_t = a_t G_{t-1} + lr_t k_t^T v_t`, by conjugate
+    gradients for each query. Needs `least_squares`, `l2`, scalar decay and chunk 1.
+
+    Args:
+        steps: iterations; K of them are exact but for rounding.
+    Raises:
+        ValueError: no steps.
+    Source: MesaNet (arXiv:2506.05233), equations 6 to 9.
+    """
+
+    steps: int = 30
+    solves = True
+
+    def __post_init__(self):
+        _at_least_one("normal_equations steps", self.steps)
+
+    def start(self, weights: PyTree) -> PyTree:
+        (w,) = weights
+        return (jnp.zeros((*w.shape[:-1], w.shape[-2]), w.dtype),)
+
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        _online_matrix("normal_equations()", structure, bias, retention, chunk)
+        if not isinstance(structure, least_squares):
+            raise ValueError(f"normal_equations() needs least_squares(), not {structure}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +324,9 @@ class omega(Learner):
 
     def __post_init__(self):
         _at_least_one("omega window", self.window)
-        if not isinstance(self.step, Learner) or isinstance(self.step, omega | implicit):
+        if not isinstance(self.step, Learner) or isinstance(
+            self.step, omega | implicit | exchange | normal_equations
+        ):
             raise ValueError(
                 f"omega step {self.step!r} must be another learner, such as momentum()"
             )
@@ -313,6 +369,20 @@ class omega(Learner):
         self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
     ) -> tuple[Float[Array, "C C"] | None, Float[Array, " C"] | None]:
         return self.step.response(eta, same, first)
+
+
+def _online_matrix(
+    name: str, structure: Structure, bias: Bias, retention: Retention, chunk: int
+) -> None:
+    """Raises ValueError where the memory is not a plain matrix that learns at every token."""
+    plain = isinstance(structure, matrix) and structure.features is None
+    decays = retention.linear and not retention.closes and not retention.to_initial
+    if not (plain and isinstance(bias, l2) and decays and chunk == 1):
+        raise ValueError(
+            f"{name} has a closed form for a matrix without features, l2(), decay() or none(), and "
+            f"chunk 1 alone, not for {structure}, {bias}, {retention} and chunk {chunk}: "
+            "use gd() or momentum()"
+        )
 
 
 def _at_least_one(name: str, value: int) -> None:

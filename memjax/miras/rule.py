@@ -25,23 +25,30 @@ class Gates(NamedTuple):
         scale: c, the factor on the chunk's update as token t sees it: the memory read is
             `W' + c_t (W_t - W')`, with W' the weights at the chunk's start, and the chunk's last
             factor is the one that stays (TTT's learned rate by position), [B, T, H]; None = 1.
+        threshold: d or D of the biases that have one, `huber()` and `robust()`, > 0, [B, T, H].
+        window: w_{t,i}, how much of the gradients of itself and of the tokens before it a token
+            takes under `learner=omega(c)`: of itself first, [B, T, H, c]; None = 1.
+        write: the key that values are written along under `learner=exchange()`, whose lr is per
+            key channel as well, [B, T, H, K].
     """
 
-    lr: Float[Array, "B T H"]
+    lr: Float[Array, "B T H *K"]
     momentum: Float[Array, "B T H"] | None = None
     retain: Float[Array, "B T H *K"] | None = None
     scale: Float[Array, "B T H"] | None = None
     threshold: Float[Array, "B T H"] | None = None
     window: Float[Array, "B T H W"] | None = None
+    write: Float[Array, "B T H K"] | None = None
 
 
 class Pairs(NamedTuple):
     """The last tokens of a document, which `learner=omega(c)` learns again: c - 1 of them.
 
     Attributes:
-        k, v: keys and values, [B, H, c - 1, K] and [B, H, c - 1, V].
+        k, v: keys and values, [B, H, c - 1, K] and [B, H, c - 1, V]; the last token is the last.
         threshold: as in `Gates`, [B, H, c - 1], or None.
-        live: whether there was such a token in the document, [B, c - 1].
+        live: whether there was such a token in the document, [B, c - 1]; where there was none, k
+            and v are 0, the threshold 1.
     """
 
     k: Float[Array, "B H N K"]
@@ -102,7 +109,7 @@ class Rule:
         retention: how it forgets: `decay()`, `none()`, `lq()`, `simplex()`, `elastic_net()`,
             `renormalise()`.
         learner: how it steps: `gd()`, `momentum()`, `omega(...)`, `muon()`, `chunk_muon()`,
-            `delta_momentum()`, `implicit()`.
+            `delta_momentum()`, `implicit()`, `exchange()`, `normal_equations()`.
         chunk: tokens that share their gradients' weights; semantic, 1 = fully online.
         read: "after" or "before" the token is written, or as the "chunk" began (LaCT).
     Raises:
@@ -130,6 +137,8 @@ class Rule:
                 raise TypeError(f"Rule {name} {part!r} is not a {kind.__name__}{hint}")
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
+        if self.learner.solves and self.read == "chunk":
+            raise ValueError('Rule read "chunk" has no meaning for normal_equations()')
         if self.read not in ("after", "before", "chunk"):
             raise ValueError(f'Rule read {self.read!r} must be "after", "before" or "chunk"')
         self.learner.check(self.structure, self.bias, self.retention, self.chunk)

@@ -9,6 +9,7 @@ the structure owns (`slow`) is held fixed there and learned only end to end.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -141,6 +142,25 @@ class matrix(Structure):
     @property
     def channelwise(self) -> bool:
         return self.features is None
+
+
+@dataclasses.dataclass(frozen=True)
+class least_squares(matrix):
+    """A `matrix` whose learner solves for it, with a ridge per key channel: `normal_equations`.
+
+    The ridge is `softplus` of the slow weight "ridge" [K], 1 at the start.
+
+    Source: MesaNet (arXiv:2506.05233), equation 9, its Lambda.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.features is not None:
+            raise ValueError("least_squares() takes no features: apply them to keys and queries")
+
+    def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
+        fast, slow = super().init(key, dim_k, dim_v)
+        return Weights(fast, slow | {"ridge": jnp.full(dim_k, math.log(math.e - 1))})
 
 
 @dataclasses.dataclass(frozen=True)

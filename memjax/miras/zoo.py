@@ -2,10 +2,19 @@
 
 from memjax.miras.bias import dot, huber, l2, lp
 from memjax.miras.features import Features, polynomial, taylor_exp
-from memjax.miras.learner import chunk_muon, gd, implicit, momentum, muon, omega
+from memjax.miras.learner import (
+    chunk_muon,
+    exchange,
+    gd,
+    implicit,
+    momentum,
+    muon,
+    normal_equations,
+    omega,
+)
 from memjax.miras.retention import decay, lq, none, renormalise, simplex
 from memjax.miras.rule import Rule
-from memjax.miras.structure import gated_mlp, matrix, mlp
+from memjax.miras.structure import gated_mlp, least_squares, matrix, mlp
 
 
 def titans(
@@ -119,6 +128,27 @@ def longhorn() -> Rule:
     Source: Liu et al. (arXiv:2407.14207), theorem 3.1, without its diagonal approximation.
     """
     return Rule(matrix(), l2(), none(), implicit(), chunk=1)
+
+
+def rwkv7() -> Rule:
+    """RWKV-7: `W_t = diag(a_t) W_{t-1} - (b_t o k_t)^T (k_t W_{t-1}) + w_t^T v_t`.
+
+    k is the unit key that is erased, b = lr its rate per channel, w = `Gates.write` the key that
+    is written, a = retain per channel; the erasure finds what stood there before the decay.
+
+    Source: RWKV-7 (arXiv:2503.14456), equation 17.
+    """
+    return Rule(matrix(), l2(), decay(), exchange(), chunk=1)
+
+
+def mesa_net(*, steps: int = 30) -> Rule:
+    """MesaNet: the least-squares memory of all pairs so far, see `miras.normal_equations`.
+
+    Args:
+        steps: iterations of conjugate gradients for each query.
+    Source: MesaNet (arXiv:2506.05233), equations 6 to 9.
+    """
+    return Rule(least_squares(), l2(), decay(), normal_equations(steps), chunk=1)
 
 
 def moneta(*, p: float = 3.0, q: float = 4.0, expansion: int = 4, chunk: int = 64) -> Rule:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
-from memjax.miras.forms import by_token, dual, linear
+from memjax.miras.forms import by_token, dual, linear, normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State
@@ -131,7 +131,7 @@ def trace(
     All other arguments are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
-    closed = linear.fits(rule, gates)
+    closed = rule.learner.solves or linear.fits(rule, gates)
     if block is None:
         block = linear.BLOCK if closed else _default_block(rule)
     if block < 1 or (block > rule.chunk and not closed):
@@ -140,9 +140,8 @@ def trace(
     if closed:
         tiles = _tiles(rule, state, q, k, v, gates, segment_ids, min(block, length))
         restarts = segment_ids is not None
-        y, surprises, state = linear.run(
-            rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss
-        )
+        run = normal.run if rule.learner.solves else linear.run
+        y, surprises, state = run(rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss)
         return _outcome(state, q, y, surprises, segment_ids)
     aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
@@ -268,7 +267,8 @@ def _last_pairs(state: State, k, v, gates, segment_ids) -> Pairs | tuple[()]:
 
     live = past.seen[:, -count:] == past.seen[:, -1:]
     threshold = last(past.threshold, state.pairs.threshold)
-    return Pairs(last(past.k, state.pairs.k), last(past.v, state.pairs.v), threshold, live)
+    pairs = Pairs(last(past.k, state.pairs.k), last(past.v, state.pairs.v), threshold, live)
+    return _only(pairs, live[:, None, :, None])
 
 
 def _unfold(x: Float[Array, "N B H C *V"], length: int) -> Array:
@@ -323,7 +323,7 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
 
 
 def _of_documents(tile: Tile, live: Bool[Array, "B C"]) -> Tile:
-    """Only the learned tokens of the documents that the `live` ones belong to: others become 0.
+    """Only the learned tokens of the documents that the `live` ones belong to: others are emptied.
 
     Masks multiply: what is not finite in another run's tokens must not come near.
     """
@@ -333,8 +333,16 @@ def _of_documents(tile: Tile, live: Bool[Array, "B C"]) -> Tile:
     else:
         belongs = learned.seen[:, :, None] == learned.document[:, None, :]
         here = jnp.any(belongs & live[:, None, :], axis=2)[:, None, :, None]
+    return tile._replace(learned=_only(learned, here))
+
+
+def _only(learned, here: Bool[Array, "B 1 E 1"]):
+    """Keys, values and thresholds of the tokens that are `here`; the others as at the start."""
+    threshold = learned.threshold
+    if threshold is not None:
+        threshold = jnp.where(here[..., 0], threshold, 1)
     k, v = jnp.where(here, learned.k, 0), jnp.where(here, learned.v, 0)
-    return tile._replace(learned=learned._replace(k=k, v=v))
+    return learned._replace(k=k, v=v, threshold=threshold)
 
 
 def _closes(rule: Rule) -> bool:

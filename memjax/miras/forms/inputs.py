@@ -20,7 +20,7 @@ def check(
     `lr` as the learner's step sizes.
     """
     fits(rule, state.weights, state.slow)
-    if bool(state.momentum) != rule.learner.needs_momentum:
+    if bool(state.momentum) != (rule.learner.needs_momentum or rule.learner.solves):
         raise ValueError(
             f"the state {'holds' if state.momentum else 'has no'} momentum, but the rule's learner "
             f"is {rule.learner}: use a state of miras.start with this rule"
@@ -66,10 +66,22 @@ def check(
             f"the state's window is not that of {rule.learner}: use a state of miras.start with "
             "this rule"
         )
-    for name in ("lr", "momentum", "retain", "scale", "threshold"):
+    if rule.learner.exchanges != (gates.write is not None):
+        raise ValueError(
+            f"gates.write {'is None' if rule.learner.exchanges else 'was given'}, but "
+            f"{rule.learner} {'needs' if rule.learner.exchanges else 'has no'} one"
+        )
+    if (rule.learner.exchanges or rule.learner.solves) and gates.scale is not None:
+        raise ValueError(f"gates.scale was given, but {rule.learner} does not read it")
+    for name in ("lr", "momentum", "retain", "scale", "threshold", "write"):
         gate = getattr(gates, name)
-        if gate is None or gate.shape == k.shape[:3]:
+        by_channel = name == "write" or (name == "lr" and rule.learner.exchanges)
+        if gate is None or gate.shape == (k.shape if by_channel else k.shape[:3]):
             continue
+        if by_channel:
+            raise ValueError(f"gates.{name} has shape {gate.shape}, must be {k.shape}")
+        if name == "retain" and rule.learner.solves:
+            raise ValueError(f"gates.retain has shape {gate.shape}, must be {k.shape[:3]}")
         if name == "retain" and gate.shape == k.shape:
             if not rule.structure.channelwise:
                 raise ValueError(

@@ -14,9 +14,11 @@ the errors of its tokens solve a unit lower triangular system, and all else is p
     Y = Q W + S E              S[i, j] = lr_j (q_i P k_j),             Q_i = q_i P[i, 0]
     W_C = P[C, 0] W + B^T E    B_j = lr_j k_j P[C, j]
 
-Only `E` and `W_C` wait for the tile before. This is the WY representation of a product of
-Householder-like factors (Bischof and Van Loan, 1987; for sequences Yang et al., arXiv:2406.06484),
-with every product of decays taken as such, never as a quotient.
+Only `E` and `W_C` wait for the tile before. `exchange`, which erases along one key and writes along
+another, has `E = -U` in the same places, with `lr o k` for `lr k`, and beside it the same three
+products of the values under the scores of the keys that are written. This is the WY representation
+of a product of Householder-like factors (Bischof and Van Loan, 1987; for sequences Yang et al.,
+arXiv:2406.06484), with every product of decays taken as such, never as a quotient.
 """
 
 import functools
@@ -51,8 +53,9 @@ class Run(NamedTuple):
     queries: Float[Array, "C K"]  # Q, of the document in progress
     scores: Float[Array, "C C"]  # S
     writes: Float[Array, "C K"]  # B
+    added: Float[Array, "K V"] | None  # what `exchange` writes, at the tile's end
     kept: Float[Array, "*K"] | None  # P[C, 0]; None = 1
-    begun: Float[Array, "C V"] | None  # Q W_0 where a document begins
+    begun: Float[Array, "C V"] | None  # Q W_0 where a document begins, and reads of `added`
     predicts: tuple[Array, Array, Array] | None  # X, A and X W_0 for the loss of `dot`
 
 
@@ -114,6 +117,8 @@ def run(
         if run.kept is not None:
             kept = (run.kept[..., None] if run.kept.ndim == 3 else run.kept[..., None, None]) * kept
         learned = matmul(jnp.swapaxes(run.writes, -1, -2), errors, compute=compute)
+        if run.added is not None:
+            learned = learned + run.added
         return kept + learned, (weights, errors)
 
     (weights,) = state.weights
@@ -125,6 +130,8 @@ def run(
     if not loss:
         return y, None, state
     if isinstance(rule.bias, l2):
+        if rule.learner.exchanges:
+            errors = errors + v.astype(errors.dtype)
         return y, 0.5 * jnp.sum(jnp.square(errors), axis=-1), state
     reads, scores, begun = runs.predicts
     answers = matmul(reads, before, compute=compute) + matmul(scores, errors, compute=compute)
@@ -139,7 +146,7 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
     same = document[:, None] == document[None, :]
     last = document == document[-1]
     first = jnp.diff(document, prepend=document[:1] - 1) != 0
-    lr = jnp.where(live, gates.lr, 0)
+    lr = jnp.where(live.reshape(-1, *[1] * (gates.lr.ndim - 1)), gates.lr, 0)
     wide_k, wide_q = (rule.structure.mapped(slow, z.astype(dtype)) for z in (k, q))
     wide_v = v.astype(dtype)
     lower = same & (order[:, None] >= order[None, :])
@@ -155,47 +162,67 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
         above = jnp.concatenate([jnp.ones_like(x[:1]), x[:-1]])
         return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), 1, above)
 
-    def reads(x, decayed: bool, mask: Bool[Array, "C C"]):
-        """x_i P[i, 0] and lr_j (x_i P k_j) under the mask, the decay of token i included or not."""
+    def reads(x, decayed: bool):
+        """x_i P[i, 0], the decay of token i included or not."""
         if retain is None:
-            prefix, scores = None, matmul(x, wide_k.T, compute=compute)
+            return x
+        return spread(prefixes if decayed else shift(prefixes)) * x
+
+    def scored(x, rows, decayed: bool, mask: Bool[Array, "C C"]):
+        """x_i P rows_j under the mask, for a scalar rate times lr_j."""
+        if retain is None:
+            scores = matmul(x, rows.T, compute=compute)
         elif retain.ndim == 1:
-            prefix = prefixes if decayed else shift(prefixes)
             between = kept if decayed else jnp.concatenate([jnp.zeros_like(kept[:1]), kept[:-1]])
-            scores = between * matmul(x, wide_k.T, compute=compute)
+            scores = between * matmul(x, rows.T, compute=compute)
         else:
-            prefix = prefixes if decayed else shift(prefixes)
-            scores = decayed_scores(x, wide_k, retain, decayed, compute)
-        return x if prefix is None else spread(prefix) * x, jnp.where(mask, scores, 0) * lr
+            scores = decayed_scores(x, rows, retain, decayed, compute)
+        scores = jnp.where(mask, scores, 0)
+        return scores if exchanges else scores * lr
+
+    def written(rows):
+        """What a row of each token is at the tile's end, of the last document alone."""
+        rows = jnp.where(last[:, None], rows if exchanges else rows * lr[:, None], 0)
+        return rows if retain is None else rows * spread(following_products(retain))
+
+    exchanges = rule.learner.exchanges
+    erased = lr * wide_k if exchanges else wide_k
 
     if retain is not None:
         prefixes = restarting_products(retain, first)
         kept = segment_products(retain, same) if retain.ndim == 1 else None
-    after = rule.read == "after"
-    queries, scores = reads(wide_q, after, lower if after else strict)
+    after, mask = (True, lower) if rule.read == "after" else (False, strict)
+    queries, scores = reads(wide_q, after), scored(wide_q, erased, after, mask)
     in_progress = (document == 0)[:, None]
-    following = None if retain is None else spread(following_products(retain))
-    writes = wide_k * jnp.where(last, lr, 0)[:, None]
-    if following is not None:
-        writes = writes * following
     begun, predicts, values, solved = None, None, wide_v, jnp.zeros_like(wide_k)
+    added = None
     if restarts:
         begun = matmul(jnp.where(in_progress, 0, queries), begin, compute=compute)
         queries = jnp.where(in_progress, queries, 0)
+    if exchanges:
+        keys = jnp.where(live[:, None], gates.write, 0)
+        found = matmul(scored(wide_q, keys, after, mask), wide_v, compute=compute)
+        begun = found if begun is None else begun + found
+        added = matmul(written(keys).T, wide_v, compute=compute)
     learns_errors = isinstance(rule.bias, l2)
     if learns_errors or loss:
-        asked, system = reads(wide_k, rule.retention.first, strict)
+        first_decayed = rule.retention.first
+        asked, system = reads(wide_k, first_decayed), scored(wide_k, erased, first_decayed, strict)
         known = jnp.zeros_like(wide_v)
         if restarts:
             known = matmul(jnp.where(in_progress, 0, asked), begin, compute=compute)
             asked = jnp.where(in_progress, asked, 0)
+        if exchanges:
+            scores_of_keys = scored(wide_k, keys, first_decayed, strict)
+            known = known + matmul(scores_of_keys, wide_v, compute=compute)
+            values = jnp.zeros_like(wide_v)
         if learns_errors:
             inverse = unit_lower_inverse(system)
-            values = matmul(inverse, wide_v - known, compute=dtype)
+            values = matmul(inverse, values - known, compute=dtype)
             solved = matmul(inverse, asked, compute=dtype)
         else:
             predicts = (asked, system, known)
     return Run(
-        values, solved, queries, scores, writes,
+        values, solved, queries, scores, written(erased), added,
         None if retain is None else prefixes[-1], begun, predicts,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
+from memjax.miras.forms import normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
@@ -105,6 +106,10 @@ def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "
         raise ValueError(
             f"q has shape {q.shape}, but the state is for batch {batch} and heads {heads}"
         )
+    if rule.learner.solves:
+        y = jnp.moveaxis(q, 1, 2)
+        y = normal.read(rule, state.weights, state.momentum, state.slow, y, q.dtype)
+        return jnp.moveaxis(y, 2, 1).astype(q.dtype)
     weights = jax.tree.map(rule.retention.link, state.weights)
     y = _answer(rule, weights, state.slow, jnp.moveaxis(q, 1, 2), q.dtype)
     return jnp.moveaxis(y, 2, 1).astype(q.dtype)
@@ -150,6 +155,10 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     velocity = restart(velocity, begin.momentum)
     place = jnp.where(token.starts, 0, place)
     gates = token.gates
+    if rule.learner.solves:
+        qkv = (token.q, token.k, token.v)
+        weights, velocity, y = normal.token(rule, state, weights, velocity, *qkv, gates, compute)
+        return (weights, weights, velocity, place, pairs), y
 
     def decayed(weights):
         if gates.retain is None:
@@ -170,9 +179,15 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     y, pull_back = jax.vjp(answers, jax.tree.map(link, base))
     signal = rule.bias.signal(y, v.astype(y.dtype), *threshold)
     (gradient,) = pull_back(signal if share is None else share[..., None] * signal)
-    new_velocity, change = jax.vmap(jax.vmap(rule.learner.update))(
-        velocity, gradient, gates.lr, gates.momentum
-    )
+    if rule.learner.exchanges:
+        erased, added = gates.lr * token.k, gates.write
+        rows = jnp.stack([erased, added], axis=-1)
+        values = jnp.concatenate([-y, v.astype(y.dtype)], axis=2)
+        new_velocity, change = (), (matmul(rows, values, compute=compute),)
+    else:
+        new_velocity, change = jax.vmap(jax.vmap(rule.learner.update))(
+            velocity, gradient, gates.lr, gates.momentum
+        )
     written = jax.tree.map(jnp.add, decayed(weights), change)
     seen = {"after": written, "before": weights, "chunk": base}[rule.read]
     seen = jax.tree.map(link, _mix(base, seen, gates.scale))
@@ -182,7 +197,7 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     closed = _mix(base, written, gates.scale)
     closed_velocity = new_velocity
     if rule.learner.closes:
-        close = functools.partial(rule.learner.close, count=jnp.asarray(rule.chunk, k.dtype))
+        close = functools.partial(rule.learner.close, count=jnp.asarray(rule.chunk, gates.lr.dtype))
         closed_velocity, change = jax.vmap(jax.vmap(close))(new_velocity)
         closed = jax.tree.map(jnp.add, closed, change)
     closed = jax.tree.map(rule.retention.close, closed, begin.weights)
@@ -210,6 +225,7 @@ def _learned(pairs: Pairs | tuple[()], token: Token):
     v = jnp.where(here, jnp.concatenate([pairs.v, v.astype(pairs.v.dtype)], axis=2), 0)
     if threshold is not None:
         threshold = jnp.concatenate([pairs.threshold, threshold], axis=2)
+        threshold = jnp.where(live[:, None], threshold, 1)
     share = jnp.ones(k.shape[:3], k.dtype) if gates.window is None else gates.window[..., ::-1]
     share = jnp.where(live[:, None], share, 0)
     kept = Pairs(
