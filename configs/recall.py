@@ -81,6 +81,7 @@ def get_config(variant: str = "mqar") -> ConfigDict:
             }
         )
     models = {name: {"pattern": (name,)} for name in mixers.registry.names()}
+    models["ttt_linear"]["memory"] = {"expansion": None}  # a single matrix
     models["lmm+swa"] = {"pattern": ("lmm", "swa")}
     return sweep.complete(
         {

@@ -236,9 +236,10 @@ def _defaults(cls: type) -> dict[str, Any]:
     return values
 
 
-def _merge(defaults: Any, given: Any) -> Any:
+def merge(defaults: Any, given: Any) -> Any:
+    """`given` over `defaults`, field by field in mappings of any depth."""
     if isinstance(defaults, Mapping) and isinstance(given, Mapping):
-        return {**defaults, **{key: _merge(defaults.get(key), given[key]) for key in given}}
+        return {**defaults, **{key: merge(defaults.get(key), given[key]) for key in given}}
     return given
 
 
@@ -298,7 +299,7 @@ def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         for key in given.get(name, {}):
             if key not in defaults:
                 raise ValueError(f"unknown key {name}.{key}: {nearest(key, defaults)}")
-        values[name] = _merge(defaults, given.get(name, {}))
+        values[name] = merge(defaults, given.get(name, {}))
     values["seed"] = given.get("seed", 0)
     values["workdir"] = given.get("workdir", "runs/default")
     config = overridable({name: values[name] for name in ENTRIES})

@@ -219,6 +219,20 @@ def test_every_variant_describes_runs(variant):
     assert len(set(names)) == len(names)
 
 
+def test_every_model_of_the_sweep_can_be_built():
+    grid = sweep.read(cli.load_config(f"{CONFIG}:parity"))
+    assert all(cell.trainer.parameters > 0 for cell in grid.cells if cell.dim == 64)
+
+
+def test_a_model_takes_what_it_does_not_say_from_the_shared_one():
+    values = config(
+        models={"a": {"memory": {"expansion": None}}, "b": {}},
+        model={**config()["model"], "memory": {"chunk": 4, "expansion": 2}},
+    )
+    memories = [cell.trainer.model.memory for cell in sweep.read(values).cells]
+    assert [(m.chunk, m.expansion) for m in memories] == [(4, None), (4, 2)]
+
+
 def test_unknown_variants_and_overrides_are_explained():
     with pytest.raises(ValueError, match="no variant 'mqr'; there are mqar, joint"):
         cli.load_config(f"{CONFIG}:mqr")

@@ -193,7 +193,8 @@ def read(
         described, task, test = _tasks(task_name, settings)
         for model_name, fields in _chosen("models", values["models"], only_models).items():
             for dim in grid["dims"]:
-                model = _model(model_name, {**values["model"], **fields}, dim, task, test)
+                merged = config_lib.merge(values["model"], fields)
+                model = _model(model_name, merged, dim, task, test)
                 trainer = TaskTrainer(model, task, test, train, score, mesh)
                 cells.append(Cell(task_name, model_name, dim, described, trainer))
     lrs = tuple(float(lr) for lr in grid["lrs"])
