@@ -2,7 +2,7 @@
 
 A bias gives the loss of the memory's answer `y = M(k)` against the value `v`, and the *signal*, its
 derivative by `y`, that is propagated back through the memory. With `r = y - v`; sums are over the
-V features of a token.
+V features of a token, and `||r||` stands for `sqrt(sum r^2 + 1e-6)` in `huber` and `robust`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from memjax.typing import Array, Float
 
-SMOOTH = 1e-6  # added under the root of |r| = sqrt(r^2 + SMOOTH)
+SMOOTH = 1e-6  # added under the roots of |r| and ||r||, which have a derivative at 0 so
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,20 +40,16 @@ def _differences(forms, case, which, kind):
     idle = state.place == 0
 
     def value(floats):
-        moved = state._replace(**floats["state"])
+        moved = scenes.with_parts(state, floats["state"])
         base = tuple(
             np.where(idle.reshape(-1, 1, 1, 1), w, b)
             for w, b in zip(moved.weights, moved.base, strict=True)
         )
         moved = scenes.to_oracle(moved._replace(base=base))
         y, _, last = oracle.run(case.oracle, moved, *floats["stream"], ids)
-        total = np.sum(y * ct_y)
-        for a, b in zip(
-            jax.tree.leaves((last.base, last.weights, last.momentum)),
-            jax.tree.leaves(ct_state), strict=True,
-        ):  # fmt: skip
-            total += np.sum(a * b)
-        return total
+        last = scenes.held(scenes.from_oracle(state, last))
+        pairs = zip(jax.tree.leaves(last), jax.tree.leaves(ct_state), strict=True)
+        return np.sum(y * ct_y) + sum(np.sum(a * b) for a, b in pairs)
 
     floats = {"state": parts(state), "stream": stream}
     leaves, structure = jax.tree_util.tree_flatten_with_path(floats)
@@ -99,7 +95,7 @@ def check_split_gradient(forms, case):
     _, want = pull(form, case, state, stream, ids, (ct_y, ct_state))
     _, middle = scenes.run(form, case, state, cut(stream, 0, at), ids[:, :at])
     _, late = pull(form, case, middle, cut(stream, at, None), ids[:, at:], (ct_y[:, at:], ct_state))
-    through = tuple(late["state"][name] for name in ("base", "weights", "momentum"))
+    through = {name: late["state"][name] for name in ct_state}
     _, early = pull(form, case, state, cut(stream, 0, at), ids[:, :at], (ct_y[:, :at], through))
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), early["stream"], late["stream"])
     assert_close(joined, want["stream"], 1e-9, f"{case.name} split: ")
@@ -107,7 +103,7 @@ def check_split_gradient(forms, case):
         total = jax.tree.map(jnp.add, early["state"][name], late["state"][name])
         assert_close(total, want["state"][name], 1e-9, f"{case.name} split {name}")
     got, want = (scenes.folded(state, g["state"]) for g in (early, want))
-    for name in ("base", "weights", "momentum"):
+    for name in ct_state:
         assert_close(got[name], want[name], 1e-9, f"{case.name} split {name}")
 
 

@@ -22,6 +22,8 @@ class RuleCase:
     heads: int = 2
     retain: str | None = "scalar"  # scalar, channel, or None
     scale: bool = False
+    threshold: tuple[float, float] | None = None  # the range of the threshold gate
+    shares: bool = False  # whether the window gate is given
     rate: float = 1.0  # on lr; lower where depth or chunk make a memory chaotic at lr near 1/4
 
 
@@ -184,6 +186,179 @@ CASES = (
         retain=None,
         scale=True,
         rate=0.5,
+    ),
+    RuleCase(
+        "moneta_gated",
+        miras.Rule(
+            miras.gated_mlp(expansion=1, norm=True, residual=True),
+            miras.lp(p=3.0, sharpness=5.0), miras.lq(q=4.0), _gd, chunk=4,
+        ),
+        oracle.Rule(
+            chunk=4, structure="gated_mlp", activation="silu", norm=True, residual=True,
+            bias="lp", p=3, sharpness=5, retention="lq", q=4, momentum=False,
+        ),
+        rate=0.1,
+    ),
+    RuleCase(
+        "omega_net",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=1, features=miras.polynomial(2)),
+            _l2, _decay, miras.omega(3), chunk=4,
+        ),
+        oracle.Rule(chunk=4, features=("polynomial", 2), window=3),
+        key=3,
+        value=5,
+        shares=True,
+        rate=0.3,
+    ),
+    RuleCase(
+        "yaad",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2, norm=True, residual=True),
+            miras.huber("switch"), _decay, _gd, chunk=5,
+        ),
+        oracle.Rule(chunk=5, norm=True, residual=True, bias="huber switch", momentum=False),
+        threshold=(1.0, 4.0),
+    ),
+    RuleCase(
+        "huber_norm",
+        _matrix(miras.huber("norm"), _decay, _momentum, chunk=4),
+        oracle.Rule(chunk=4, bias="huber norm"),
+        retain="channel",
+        threshold=(0.5, 2.0),
+        scale=True,
+    ),
+    RuleCase(
+        "huber_coordinate",
+        miras.Rule(
+            miras.matrix(features=miras.elu1()),
+            miras.huber("coordinate"), _first, _gd, chunk=1, read="before",
+        ),
+        oracle.Rule(
+            chunk=1, features=("elu1", 0), bias="huber coordinate", first=True, momentum=False,
+            read="before",
+        ),
+        value=5,
+        threshold=(0.3, 1.0),
+    ),
+    RuleCase(
+        "robust_vector",
+        miras.Rule(miras.vector(), miras.robust(), _decay, _momentum, chunk=4),
+        oracle.Rule(chunk=4, structure="vector", bias="robust"),
+        threshold=(0.1, 0.5),
+    ),
+    RuleCase(
+        "memora",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2, norm=True, residual=True),
+            _l2, miras.simplex(temperature=0.5, total=2.0), _gd, chunk=4,
+        ),
+        oracle.Rule(
+            chunk=4, norm=True, residual=True, retention="simplex", temperature=0.5, total=2,
+            momentum=False,
+        ),
+    ),
+    RuleCase(
+        "elastic_net_before",
+        miras.Rule(
+            miras.matrix(features=miras.taylor_exp()),
+            _l2, miras.elastic_net(0.2), _momentum, chunk=5, read="before",
+        ),
+        oracle.Rule(
+            chunk=5, features=("taylor_exp", 2), retention="elastic_net", soft=0.2, read="before"
+        ),
+        key=3,
+        scale=True,
+        rate=0.5,
+    ),
+    RuleCase(
+        "back_to_the_initial",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2), _l2, miras.decay(to="initial"), _momentum, chunk=4
+        ),
+        oracle.Rule(chunk=4, retention="initial"),
+        scale=True,
+    ),
+    RuleCase(
+        "back_to_the_initial_first",
+        _matrix(_l2, miras.decay(before="gradient", to="initial"), _momentum, chunk=5),
+        oracle.Rule(chunk=5, retention="initial", first=True),
+        retain="channel",
+    ),
+    RuleCase(
+        "atlas",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=1, residual=True, features=miras.polynomial(2)),
+            _l2, _decay, miras.omega(3, miras.muon()), chunk=4,
+        ),
+        oracle.Rule(
+            chunk=4, residual=True, features=("polynomial", 2), window=3, learner="muon"
+        ),
+        key=3,
+        value=3,
+        shares=True,
+        rate=0.3,
+    ),
+    RuleCase(
+        "delta_momentum",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2), _l2, miras.decay(to="initial"),
+            miras.delta_momentum(), chunk=4, read="chunk",
+        ),
+        oracle.Rule(chunk=4, retention="initial", learner="delta", read="chunk"),
+        value=5,
+        rate=0.5,
+    ),
+    RuleCase(
+        "lact",
+        miras.Rule(
+            miras.gated_mlp(expansion=2), _dot, miras.renormalise(), miras.chunk_muon(), chunk=4,
+            read="chunk",
+        ),
+        oracle.Rule(
+            chunk=4, structure="gated_mlp", activation="silu", bias="dot",
+            retention="renormalise", learner="by chunk", read="chunk",
+        ),
+        retain=None,
+    ),
+    RuleCase(
+        "omega_by_chunk",
+        _matrix(miras.huber("norm"), _none, miras.omega(4, miras.chunk_muon(steps=0)), chunk=3),
+        oracle.Rule(chunk=3, bias="huber norm", window=4, learner="by chunk", steps=0),
+        retain=None,
+        threshold=(0.5, 2.0),
+        shares=True,
+    ),
+    RuleCase(
+        "omega_beyond_the_chunk",
+        _matrix(miras.robust(), _decay, miras.omega(6, _gd), chunk=2),
+        oracle.Rule(chunk=2, bias="robust", window=6, momentum=False),
+        retain="channel",
+        threshold=(0.1, 0.5),
+        rate=0.3,
+    ),
+    RuleCase(
+        "omega_online",
+        _matrix(_l2, _decay, miras.omega(3, _gd), chunk=1),
+        oracle.Rule(chunk=1, window=3, momentum=False),
+        value=5,
+        shares=True,
+    ),
+    RuleCase(
+        "polynomial_online",
+        miras.Rule(miras.matrix(features=miras.polynomial(2)), _l2, _decay, _gd, chunk=1),
+        oracle.Rule(chunk=1, features=("polynomial", 2), momentum=False),
+        key=3,
+        value=5,
+        rate=0.5,
+    ),
+    RuleCase(
+        "dpfp_before",
+        miras.Rule(
+            miras.matrix(features=miras.dpfp(2)), _dot, _decay, _gd, chunk=1, read="before"
+        ),
+        oracle.Rule(chunk=1, features=("dpfp", 2), bias="dot", momentum=False, read="before"),
+        key=3,
     ),
 )  # fmt: skip
 

@@ -60,6 +60,8 @@ def stream(case, length=LENGTH, batch=BATCH, seed=0) -> Stream:
         momentum=random.uniform(0.2, 0.9, shape) if case.oracle.momentum else None,
         retain=random.uniform(0.8, 1.0, channels) if case.retain else None,
         scale=random.uniform(0.5, 1.5, shape) if case.scale else None,
+        threshold=random.uniform(*case.threshold, shape) if case.threshold else None,
+        window=random.uniform(0, 1, (*shape, case.oracle.window)) if case.shares else None,
     ))  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def weights(case, seed=100):
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         size = (case.heads, *leaf.shape)
-        if "scale" in name:
+        if "scale" in name or "taylor" in name:
             return random.uniform(0.5, 1.5, size)
         spread = 1.0 if "bias" in name else gain / np.sqrt(leaf.shape[0])
         return spread * random.normal(size=size)
@@ -93,19 +95,40 @@ def cast(tree, dtype):
 
 def to_oracle(state) -> oracle.State:
     """The engine's state as the oracle's."""
-    state = jax.tree.map(lambda a: np.asarray(a, np.float64 if a.ndim > 1 else np.int64), state)
+
+    def leaf(a):
+        a = np.asarray(a)
+        return a.astype({"i": np.int64, "b": bool}.get(a.dtype.kind, np.float64))
+
+    state = jax.tree.map(leaf, state)
     return oracle.State(
-        list(state.base), list(state.weights), list(state.momentum), state.place, state.segment,
-        list(state.begin.weights), list(state.begin.momentum), dict(state.slow),
+        list(state.base), list(state.weights), _lists(state.momentum), state.place, state.segment,
+        list(state.begin.weights), _lists(state.begin.momentum), dict(state.slow),
+        state.pairs._asdict() if state.pairs else None,
     )  # fmt: skip
 
 
 def from_oracle(state, other: oracle.State):
     """The engine's state with what the oracle computed in it."""
     return state._replace(
-        base=tuple(other.base), weights=tuple(other.weights), momentum=tuple(other.momentum),
+        base=tuple(other.base), weights=tuple(other.weights), momentum=_tuples(other.momentum),
         place=other.place, segment=other.segment,
+        pairs=miras.Pairs(**other.pairs) if other.pairs else (),
     )  # fmt: skip
+
+
+def _lists(momentum):
+    """Matrices as the oracle holds them."""
+    if isinstance(momentum, dict):
+        return {name: _lists(value) for name, value in momentum.items()}
+    return list(momentum) if isinstance(momentum, tuple) else momentum
+
+
+def _tuples(momentum):
+    """Matrices as the engine holds them."""
+    if isinstance(momentum, dict):
+        return {name: _tuples(value) for name, value in momentum.items()}
+    return tuple(momentum) if isinstance(momentum, list) else momentum
 
 
 def ids_of(*rows):
@@ -201,12 +224,24 @@ def run(form, case, state, stream, ids=None, **options):
     return _compiled(form, case.rule, tuple(options.items()))(state, stream, ids)
 
 
-def parts(state):
-    """The floating parts of a state."""
+def held(state):
+    """The floating parts of a state that change with the tokens."""
+    pairs = state.pairs._replace(live=None) if state.pairs else ()
     return {
-        "base": state.base, "weights": state.weights, "momentum": state.momentum,
-        "begin": state.begin, "slow": state.slow,
+        "base": state.base, "weights": state.weights, "momentum": state.momentum, "pairs": pairs,
     }  # fmt: skip
+
+
+def parts(state):
+    """All floating parts of a state."""
+    return held(state) | {"begin": state.begin, "slow": state.slow}
+
+
+def with_parts(state, floats):
+    """The state with these parts."""
+    pairs = floats["pairs"]
+    pairs = pairs._replace(live=state.pairs.live) if pairs else pairs
+    return state._replace(**floats | {"pairs": pairs})
 
 
 @functools.cache
@@ -216,9 +251,9 @@ def pulled(form, rule, options):
     def apply(state, stream, ids, cotangent):
         def function(floats, stream):
             y, last = form(
-                rule, state._replace(**floats), *stream, segment_ids=ids, **dict(options)
+                rule, with_parts(state, floats), *stream, segment_ids=ids, **dict(options)
             )
-            return y, (last.base, last.weights, last.momentum)
+            return y, held(last)
 
         out, pull = jax.vjp(function, parts(state), stream)
         return out, dict(zip(("state", "stream"), pull(cotangent), strict=True))
@@ -227,7 +262,7 @@ def pulled(form, rule, options):
 
 
 def pull(form, case, state, stream, ids, cotangent, **options):
-    """(y, final base, weights and momentum), and the gradient of every float that went in."""
+    """(y, what is `held` at the end), and the gradient of every float that went in."""
     return pulled(form, case.rule, tuple(options.items()))(state, stream, ids, cotangent)
 
 
@@ -253,11 +288,10 @@ def forget():
 
 
 def cotangent(case, state, length=LENGTH, seed=7):
-    """A random cotangent of (y, (base, weights, momentum)), in NumPy."""
+    """A random cotangent of (y, what is `held`), in NumPy."""
     random = np.random.default_rng(seed)
     y = random.normal(size=(state.place.shape[0], length, case.heads, case.value))
-    last = (state.base, state.weights, state.momentum)
-    return y, jax.tree.map(lambda a: random.normal(size=a.shape), last)
+    return y, jax.tree.map(lambda a: random.normal(size=a.shape), held(state))
 
 
 def assert_close(got, want, tolerance, what=""):
@@ -282,10 +316,14 @@ def assert_zero(got, what=""):
 
 
 def moving(state):
-    """What of a state changes with the tokens."""
+    """What of a state changes with the tokens, of the engine's or the oracle's alike."""
+    pairs = state.pairs
+    if pairs:
+        pairs = dict(pairs if isinstance(pairs, dict) else pairs._asdict())
     return {
         "base": list(state.base), "weights": list(state.weights),
-        "momentum": list(state.momentum), "place": state.place, "segment": state.segment,
+        "momentum": _lists(state.momentum), "place": state.place, "segment": state.segment,
+        "pairs": pairs or (),
     }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from tests.oracles import miras as oracle
 def check_causality(forms, case, which):
     """y_t has a gradient of exactly 0 by every later input, and does not move when they change.
 
-    Where the memory is read before the write, the key, value and gates of t itself count as later,
-    but for the scale, which belongs to the read.
+    Where the memory is read before the write, or as its chunk began, the key, value and gates of t
+    itself count as later, but for the scale, which belongs to the read.
     """
     for kind in ("carried", "aligned"):
         _causality(forms, case, which, scenes.scene(case, kind))
@@ -35,7 +35,7 @@ def _causality(forms, case, which, scene):
     y_like, state_like = scenes.cotangent(case, state)
     nothing = jax.tree.map(np.zeros_like, state_like)
     state = cast(state, jnp.float64)
-    before = case.oracle.read == "before"
+    before = case.oracle.read in ("before", "chunk")
     for t in range(scenes.LENGTH):
         ct = np.zeros_like(y_like)
         ct[:, t] = y_like[:, t]
@@ -81,7 +81,7 @@ def check_isolation(forms, case, which):
 
     first = jax.tree.map(lambda a: only(a, np.zeros_like(a), 0), (ct_y, ct_state))
     _, gradient = pull(form, case, state, stream, ids, first)
-    rows = {k: gradient["state"][k] for k in ("base", "weights", "momentum")}
+    rows = {k: gradient["state"][k] for k in ct_state}
     assert_zero(jax.tree.map(lambda a: a[1:], (rows, gradient["stream"])), name + "rows by row 0 ")
     mixed = jax.tree.map(lambda a, b: only(a, b, 0), stream, other)
     moved = run(form, case, state, mixed, ids)
@@ -97,7 +97,7 @@ def check_isolation(forms, case, which):
     )
     _, gradient = pull(form, case, state, stream, ids, first)
     own = {k: gradient["state"][k] for k in ("begin", "slow")}
-    rows = {k: gradient["state"][k] for k in ("base", "weights", "momentum")}
+    rows = {k: gradient["state"][k] for k in ct_state}
     assert_zero(jax.tree.map(lambda a: a[:, :, 1:], gradient["stream"]), name + "heads by head 0 ")
     assert_zero(jax.tree.map(lambda a: a[:, 1:], rows), name + "heads by head 0 ")
     assert_zero(jax.tree.map(lambda a: a[1:], own), name + "heads by head 0 ")
@@ -110,7 +110,7 @@ def _change(moved, still, axis):
     """How the first row (axis 0) or head (axis 1) of outputs and states differs."""
     sides = []
     for y, state in (moved, still):
-        arrays = (jnp.swapaxes(y, 1, 2), state.base, state.weights, state.momentum)
+        arrays = (jnp.swapaxes(y, 1, 2), scenes.held(state))
         sides.append(jax.tree.map(lambda a: a[:1] if axis == 0 else a[:, :1], arrays))
     return jax.tree.map(jnp.subtract, *sides)
 

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from memjax import documents, miras
+from tests.contracts.scenes import assert_close, quick_jit
 
 BATCH, TIME, HEADS, DIM = 2, 12, 1, 4
 
@@ -37,6 +39,42 @@ def test_what_is_not_finite_stays_in_its_document():
     assert bool(jnp.all(jnp.isnan(y[:, 5])))
     assert jnp.array_equal(y[:, 6:], whole[:, 6:])
     assert all(bool(jnp.all(jnp.isfinite(w))) for w in after.weights)
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+@pytest.mark.parametrize("step", [miras.momentum(), miras.muon(), miras.chunk_muon()], ids=repr)
+def test_what_is_not_finite_in_any_input_stays_in_its_document(step, form):
+    """Also where tokens learn those before them again, and weights are formed one by one."""
+    retention = miras.none() if step == miras.chunk_muon() else miras.decay()
+    rule = miras.Rule(
+        miras.mlp(depth=2, expansion=1), miras.robust(), retention, miras.omega(3, step), chunk=4
+    )
+    state, q, k, v, gates = scene(rule)
+    gates = gates._replace(
+        retain=None if retention == miras.none() else gates.retain,
+        threshold=gates.lr, window=jnp.ones((BATCH, TIME, HEADS, 3)),
+    )  # fmt: skip
+    ids = jnp.asarray([[1] * 6 + [2] * 6, [1] * 8 + [2] * 4])
+
+    @quick_jit
+    def run(state, inputs):
+        q, k, v, gates = inputs
+        return form(rule, state, q, k, v, gates, segment_ids=ids)
+
+    def spoil(x):
+        first = np.reshape(ids == 1, (BATCH, TIME, *[1] * (x.ndim - 2)))
+        return np.where(first, np.float32(np.nan), x)
+
+    inputs = jax.tree.map(np.asarray, (q, k, v, gates))
+    whole, last = run(state, inputs)
+    leaves, structure = jax.tree.flatten(inputs)
+    # one by one, and all together
+    spoilt = [[spoil(x) if i == j else x for j, x in enumerate(leaves)] for i in range(len(leaves))]
+    here = (ids == 2)[..., None, None]
+    for some in (*spoilt, [spoil(x) for x in leaves]):
+        y, after = run(state, jax.tree.unflatten(structure, some))
+        assert_close(jnp.where(here, y, 0), jnp.where(here, whole, 0), 1e-6)
+        assert_close(after, last, 1e-6)
 
 
 def test_forms_agree_where_queries_are_narrower_than_keys():

@@ -138,6 +138,12 @@ def put(momentum, b, h, value):
         momentum[b, h] = value
 
 
+def here(gates, *place):
+    """The gates of one token and head."""
+    found = {name: getattr(gates, name) for name in Gates._fields}
+    return Gates(**{name: None if g is None else g[place] for name, g in found.items()})
+
+
 def between(base, weights, scale):
     """W' + c (W - W'), matrix by matrix."""
     return [b + scale * (w - b) for b, w in zip(base, weights, strict=True)]
@@ -204,7 +210,7 @@ def run(rule, state, q, k, v, gates, segment_ids=None):
             if pairs and begins:
                 forget(pairs, b)
             for h in range(heads):
-                gate = Gates(*(None if g is None else g[b, t, h] for g in gates))
+                gate = here(gates, b, t, h)
                 slow = {name: value[h] for name, value in state.slow.items()}
                 begin = [w[h] for w in state.begin]
                 if begins:
