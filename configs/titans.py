@@ -8,7 +8,8 @@ Hardware: a TPU pod slice; not measured, so which one and for how long is not kn
 Result:   not run yet: no number is claimed. The paper's perplexities are of another tokenizer.
 
 Variants: a block (mac, mag, mal, lmm, transformer) and a size (170m, 340m, 760m, 1.3b), such as
-`:mac_340m`; `:smoke` is a MAC of toy size on the embedded corpus that runs in seconds.
+`:mac_340m`; `:smoke` is a MAC of toy size on the embedded corpus that runs in seconds. A size is
+the papers' label, not a count: docs/architectures/titans.md has the parameters of each.
 
 The paper's tokenizer is that of Llama 2, which is not byte-level. Train one of 32,000 tokens on the
 same text instead: `memjax.data.BPETokenizer.train(memjax.data.texts(config), 32000).save(path)`.

@@ -1,4 +1,4 @@
-"""The Python in README and docs/extending.md runs."""
+"""The Python in README and in the pages of docs runs."""
 
 import pathlib
 import re
@@ -19,9 +19,21 @@ def program(page: str) -> str:
     return "\n".join(line if use else "" for line, use in zip(lines, inside, strict=False))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
-def test_python_of_a_page_runs(page):
+DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [page for page in ("README.md", *map(str, DOCS)) if program(page).strip()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """In a new directory with the configs and pages of the repository."""
+    for name in ("configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     exec(compile(program(page), page, "exec"), {"__name__": "page"})
+
+
+def test_the_pages_with_python_are_found():
+    assert {"README.md", "docs/data.md", "docs/extending.md", "docs/training.md"} <= set(PAGES)
 
 
 def test_a_broken_page_would_be_noticed():

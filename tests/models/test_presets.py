@@ -1,11 +1,15 @@
 """The papers' sizes, counted."""
 
+import pathlib
+
 import jax
 import pytest
 from flax import nnx
 
 from memjax.models import parameter_count, preset, presets
 from tests.models.toys import model_of
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def transformer_parameters(layers, dim, hidden, vocab=32000):
@@ -97,6 +101,20 @@ def test_every_preset_is_counted():
     assert {f"{block}_{size}" for block in ("lmm", "mac", "mag", "mal") for size in SIZES} == set(
         COUNTS
     )
+
+
+def test_the_page_has_the_counts():
+    """The table of docs/architectures/titans.md, against the presets themselves."""
+    text = (ROOT / "docs" / "architectures" / "titans.md").read_text(encoding="utf-8")
+    table = text[text.index("| preset |") :].split("\n\n")[0]
+    cells = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.split("\n")]
+    blocks, rows = cells[0][1:], cells[2:]
+    found = {
+        f"{b}_{size}": n for size, *counts in rows for b, n in zip(blocks, counts, strict=True)
+    }
+    assert found.keys() == set(presets.NAMES)
+    for name, count in found.items():
+        assert count == f"{parameter_count(preset(name)):,}", name
 
 
 def test_untied_and_windowed_counts():
