@@ -151,6 +151,13 @@ class MatrixMemory(nnx.Module):
         axis = "heads" if gate_first else "kv"
         self.norm = None if normalised else RMSNorm(size, rngs=rngs, axis_name=axis)
         self.skip = nnx.Param(jnp.ones((heads,)), axes=("heads",)) if skip else None
+        slow = rule.init(jax.random.key(0), head_dim, value_dim + normalised).slow
+        self.slow = nnx.Dict(
+            {
+                name: nnx.Param(jnp.broadcast_to(w, (heads, *w.shape)).copy(), axes=("heads", None))
+                for name, w in slow.items()
+            }
+        )
 
     def start(self, batch: int) -> MatrixMemoryState:
         """The state before the first token.
@@ -160,7 +167,9 @@ class MatrixMemory(nnx.Module):
         """
         values = self.value_dim + self.normalised
         plain = self.rule.init(jax.random.key(0), self.head_dim, values)
-        memory = miras.start(self.rule, plain, batch, self.heads)
+        fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (self.heads, *w.shape)), plain.fast)
+        slow = {name: w[...] for name, w in self.slow.items()}
+        memory = miras.start(self.rule, miras.Weights(fast, slow), batch)
         convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
         stats = MemoryStats(
@@ -519,6 +528,42 @@ def longhorn(
         gates=Gating(GateHead(dim, heads, initial=0.5, rngs=rngs), None, heads),
         conv=conv,
         features="silu",
+        rngs=rngs,
+    )
+
+
+def mesa_net(
+    dim: int,
+    heads: int,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    *,
+    conv: int = 4,
+    steps: int = 30,
+    rngs: nnx.Rngs,
+) -> MatrixMemory:
+    """MesaNet: the least-squares memory, unit keys behind convolution and SiLU, norm.
+
+    Args:
+        dim, heads, head_dim, value_dim, conv: see `MatrixMemory`.
+        steps: iterations of conjugate gradients for each query.
+        rngs: the stream `params` draws the weights.
+    Source: MesaNet (arXiv:2506.05233), section 3 and figure 2.
+    """
+    rate = GateHead(dim, heads, initial=0.5, rngs=rngs)
+    decay = GateHead(dim, heads, initial=0.99, rngs=rngs)
+    return MatrixMemory(
+        dim,
+        heads,
+        head_dim,
+        value_dim,
+        rule=miras.zoo.mesa_net(steps=steps),
+        gates=Gating(rate, decay, heads),
+        conv=conv,
+        features="silu",
+        unit_keys=True,
+        scale=1.0,
+        gate=None,
         rngs=rngs,
     )
 

@@ -34,6 +34,10 @@ class MemoryConfig:
         chunk: tokens between two updates of the weights that gradients are taken at.
         window, degree: tokens that are learned together and degree of the features, for the rules
             that have them: ATLAS and its kin.
+        memories, active: of the mixer "mom": memories that are routed to, and how many a token
+            uses.
+        local_chunks, shard: of the mixer "tnt", see `layers.TNTMemory`; its `chunk` is `chunk`.
+        slots: of the mixer "gam".
         lr_max: the largest inner learning rate.
         combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
         value_dim: dimension of the values of a head, for the matrix memories; None takes what each
@@ -50,13 +54,23 @@ class MemoryConfig:
     chunk: int = 64
     window: int = 4
     degree: int = 2
+    memories: int = 4
+    active: int = 2
+    local_chunks: tuple[int, ...] = (8, 16)
+    shard: int = 2048
+    slots: int = 512
     lr_max: float | int = 0.1
     combine: str = "gate"
     value_dim: int | None = None
     negative_eigenvalues: bool = False
 
     def __post_init__(self):
-        _at_least(self, "memory.", 1, ("chunk", "window", "degree"))
+        _at_least(
+            self,
+            "memory.",
+            1,
+            ("chunk", "window", "degree", "memories", "active", "shard", "slots"),
+        )
         _at_least(self, "memory.", 1, ("heads", "depth", "expansion", "value_dim"), optional=True)
         for name in ("norm", "residual"):
             if getattr(self, name) not in (True, False, None):

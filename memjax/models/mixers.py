@@ -22,7 +22,16 @@ import dataclasses
 
 from flax import nnx
 
-from memjax.layers import Attention, MatrixMemory, NeuralMemory, matrix_memory
+from memjax.layers import (
+    RWKV7,
+    Attention,
+    GatedAssociativeMemory,
+    MatrixMemory,
+    MixtureOfMemories,
+    NeuralMemory,
+    TNTMemory,
+    matrix_memory,
+)
 from memjax.models.mac import MemoryAsContext
 from memjax.models.mag import MemoryAsGate, MemoryAsLayer
 from memjax.models.registry import Registry
@@ -198,3 +207,60 @@ def kda(config, rngs: nnx.Rngs) -> MatrixMemory:
 def longhorn(config, rngs: nnx.Rngs) -> MatrixMemory:
     """Longhorn's implicit step."""
     return _matrix(matrix_memory.longhorn, config, rngs, conv=config.conv)
+
+
+@register("mesa_net")
+def mesa_net(config, rngs: nnx.Rngs) -> MatrixMemory:
+    """MesaNet's least-squares memory."""
+    return _matrix(matrix_memory.mesa_net, config, rngs, conv=config.conv)
+
+
+@register("rwkv7")
+def rwkv7(config, rngs: nnx.Rngs) -> RWKV7:
+    """RWKV-7's time mixing."""
+    heads = config.memory.heads or config.heads
+    head_dim = config.head_dim if heads == config.heads else None
+    return RWKV7(config.dim, heads, head_dim, rngs=rngs)
+
+
+@register("mom")
+def mixture_of_memories(config, rngs: nnx.Rngs) -> MixtureOfMemories:
+    """Mixture-of-Memories over gated delta rules, `config.memory.active` of `memory.memories`."""
+    heads = config.memory.heads or config.heads
+    head_dim = config.head_dim if heads == config.heads else None
+    return MixtureOfMemories(
+        config.dim,
+        heads,
+        head_dim,
+        memories=config.memory.memories,
+        active=config.memory.active,
+        conv=config.conv,
+        rngs=rngs,
+    )
+
+
+@register("tnt")
+def tnt(config, rngs: nnx.Rngs) -> TNTMemory:
+    """TNT's global and local memories: `memory.chunk`, `memory.local_chunks`, `memory.shard`."""
+    memory = config.memory
+    heads = memory.heads or config.heads
+    return TNTMemory(
+        config.dim,
+        heads,
+        config.head_dim if heads == config.heads else None,
+        chunk=memory.chunk,
+        local_chunks=memory.local_chunks,
+        shard=memory.shard,
+        expansion=4 if memory.expansion is None else memory.expansion,
+        conv=config.conv,
+        lr_max=memory.lr_max,
+        rngs=rngs,
+    )
+
+
+@register("gam")
+def gam(config, rngs: nnx.Rngs) -> GatedAssociativeMemory:
+    """Gated associative memory of `memory.slots` slots."""
+    return GatedAssociativeMemory(
+        config.dim, config.memory.slots, conv=max(config.conv, 1), rngs=rngs
+    )

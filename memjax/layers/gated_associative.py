@@ -1,0 +1,82 @@
+"""Gated associative memory: a short convolution beside static slots, read by every token."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.linear import Linear, fan_in_normal
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+
+class GatedAssociativeMemory(nnx.Module):
+    """Local order from a convolution, global patterns from slots that are trained, not written.
+
+        local  = conv(x) W_l,     global = softmax(x B^T / sqrt(E)) B          B [N, E]: the slots
+        g_l, g_g = sigmoid(x W_1), sigmoid(x W_2)
+        y      = (g_l o local + g_g o global) W_o
+
+    The slots see the token alone: nothing but the convolution reaches back, so the state is that
+    of the convolution, and cost and state do not grow with the context.
+
+    Args:
+        dim: model dimension E.
+        slots: N.
+        conv: width of the depthwise causal convolution, at least 1.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: a size below 1.
+    Source: GAM (arXiv:2509.00605), section 3.
+    """
+
+    def __init__(self, dim: int, slots: int = 512, *, conv: int = 4, rngs: nnx.Rngs):
+        if min(dim, slots, conv) < 1:
+            raise ValueError(f"dim {dim}, slots {slots} and conv {conv} must be at least 1")
+        self.dim = dim
+        self.conv = CausalConv(dim, conv, rngs=rngs)
+        self.local = Linear(dim, dim, axes=("embed", None), rngs=rngs)
+        self.bank = nnx.Param(fan_in_normal(rngs.params(), (slots, dim), dim), axes=(None, "embed"))
+        self.gates = Linear(dim, (2, dim), axes=("embed", None, None), rngs=rngs)
+        self.out = Linear(dim, dim, axes=(None, "embed"), rngs=rngs)
+
+    def start(self, batch: int) -> ConvState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+        """
+        return self.conv.start(batch)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: ConvState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], ConvState]:
+        """Mixes x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: document of each token [B, T]; the convolution sees no other.
+            positions: not used; there for the mixers' one signature.
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+        Raises:
+            ValueError: x or the state do not fit.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        state = self.start(x.shape[0]) if state is None else state
+        local, state = self.conv(x, state, segment_ids=segment_ids)
+        bank = self.bank[...].astype(x.dtype)
+        scores = jnp.einsum("bte,ne->btn", x, bank, preferred_element_type=jnp.float32)
+        share = jax.nn.softmax(scores / self.dim**0.5, axis=-1).astype(x.dtype)
+        gate = jax.nn.sigmoid(self.gates(x))
+        y = gate[..., 0, :] * self.local(local) + gate[..., 1, :] * (share @ bank)
+        return constrain(self.out(y), ("batch", "time", "embed")), state

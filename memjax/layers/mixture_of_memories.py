@@ -1,0 +1,219 @@
+"""Mixture of memories: a router decides which of several matrix memories a token is written to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import miras
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.gates import GateHead, SoftplusDecay
+from memjax.layers.linear import Linear
+from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.statistics import MemoryStats
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+
+class MixtureOfMemoriesState(NamedTuple):
+    """What `MixtureOfMemories` carries.
+
+    Attributes:
+        memory: the matrices of all memories; heads are memory by memory.
+        convs: inputs of the convolutions of queries, keys and values.
+        stats: means of surprise and gates over the tokens of the last call, by head.
+    """
+
+    memory: miras.State
+    convs: tuple[ConvState, ...]
+    stats: MemoryStats
+
+
+class MixtureOfMemories(nnx.Module):
+    """Several memories of which each token uses a few, and one that all tokens use.
+
+        p        = softmax(x W_r),  the `active` largest kept and scaled to sum to 1
+        k_m, v_m = unit(SiLU(conv(x W_k,m))), SiLU(conv(x W_v,m))       of memory m = 0 .. M
+        W_m      = the rule over (k_m, v_m) at tokens routed to m; at others W_m stays as it is
+        y        = (norm(q (W_0 + sum_m p_m W_m)) o SiLU(x W_g)) W_o
+
+    Memory 0 is the shared one. What a token does not use neither learns from it nor decays, so
+    memories interfere less. All memories are computed for all tokens, with rate 0 and decay 1
+    where they are not used.
+
+    Args:
+        dim: model dimension E.
+        heads: heads H of each memory.
+        head_dim: dimension of keys and values (default dim / heads).
+        memories: M, those that are routed to.
+        active: memories that a token uses besides the shared one.
+        conv: width of the depthwise causal convolutions, 0 for none.
+        rule: of every memory (default `miras.zoo.gated_delta_net()`); structure `matrix()`, scalar
+            decay, a rate per token.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: sizes or a rule that do not fit.
+    Source: Mixture-of-Memories (arXiv:2502.13685), section 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        memories: int = 4,
+        active: int = 2,
+        conv: int = 4,
+        rule: miras.Rule | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None:
+            if heads < 1 or dim % heads:
+                raise ValueError(
+                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
+                )
+            head_dim = dim // heads
+        if min(dim, heads, head_dim, memories) < 1 or conv < 0:
+            raise ValueError(
+                f"dim {dim}, heads {heads}, head_dim {head_dim}, memories {memories} must be at "
+                f"least 1, conv {conv} at least 0"
+            )
+        if not 1 <= active <= memories:
+            raise ValueError(f"active {active} must be between 1 and memories {memories}")
+        rule = miras.zoo.gated_delta_net() if rule is None else rule
+        learner = rule.learner
+        if (
+            not isinstance(rule.structure, miras.matrix)
+            or learner.needs_momentum
+            or learner.exchanges
+            or learner.solves
+            or rule.bias.needs_threshold
+            or learner.window > 1
+        ):
+            raise ValueError(
+                "MixtureOfMemories needs a rule of matrix() whose only gates are lr and retain, "
+                f"not {rule}"
+            )
+        self.dim, self.heads, self.head_dim, self.rule = dim, heads, head_dim, rule
+        self.memories, self.active = memories, active
+        every = memories + 1
+
+        def project(count: int) -> Linear:
+            return Linear(dim, (count, head_dim), axes=("embed", "heads", "kv"), rngs=rngs)
+
+        self.query, self.gate = project(heads), project(heads)
+        self.key, self.value = project(every * heads), project(every * heads)
+        self.router = Linear(dim, memories, axes=("embed", None), rngs=rngs)
+        self.out = Linear((heads, head_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
+        self.norm = RMSNorm(head_dim, rngs=rngs, axis_name="kv")
+        widths = (heads * head_dim, every * heads * head_dim, every * heads * head_dim)
+        self.convs = nnx.List(
+            CausalConv(width, conv, rngs=rngs, axis_name="heads") for width in widths if conv
+        )
+        self.lr = GateHead(dim, every * heads, initial=0.5, rngs=rngs)
+        self.retain = (
+            SoftplusDecay(dim, every * heads, rngs=rngs) if rule.retention.needs_retain else None
+        )
+
+    def start(self, batch: int) -> MixtureOfMemoriesState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+        """
+        plain = self.rule.init(jax.random.key(0), self.head_dim, self.head_dim)
+        heads = (self.memories + 1) * self.heads
+        memory = miras.start(self.rule, plain, batch, heads)
+        convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
+        nothing = jnp.zeros((batch, heads))
+        stats = MemoryStats(None, nothing, None, None if self.retain is None else nothing)
+        return jax.tree.map(jnp.copy, MixtureOfMemoriesState(memory, convs, stats))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: MixtureOfMemoriesState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], MixtureOfMemoriesState]:
+        """Reads and learns x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: document of each token [B, T]; the memories restart where it changes.
+            positions: not used; there for the mixers' one signature.
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+        Raises:
+            ValueError: x, the state or segment_ids do not fit.
+            TypeError: the state is not one of a `MixtureOfMemories`.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        if state is None:
+            state = self.start(x.shape[0])
+        if not isinstance(state, MixtureOfMemoriesState):
+            raise TypeError(
+                f"state must be a MixtureOfMemoriesState, got {type(state).__name__}: use start(B)"
+            )
+        if state.memory.place.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        q, k, v, convs = self._project(x, state.convs, segment_ids)
+        share = self.route(x)
+        used = jnp.repeat(share > 0, self.heads, axis=-1)
+        lr = jnp.where(used, self.lr(x), 0)
+        retain = None if self.retain is None else jnp.where(used, self.retain(x), 1)
+        every = self.memories + 1
+        m, _, memory = miras.trace(
+            self.rule, state.memory, jnp.tile(q, (1, 1, every, 1)), k, v,
+            miras.Gates(lr=lr, retain=retain), segment_ids=segment_ids, loss=False,
+        )  # fmt: skip
+        m = m.reshape(*x.shape[:2], every, self.heads, self.head_dim)
+        m = jnp.einsum("btmhd,btm->bthd", m, share.astype(m.dtype))
+        m = self.norm(m) * jax.nn.silu(self.gate(x))
+        y = constrain(
+            self.out(constrain(m, ("batch", "time", "heads", "kv"))), ("batch", "time", "embed")
+        )
+        means = (
+            None if g is None else jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float))
+            for g in (lr, retain)
+        )
+        lr, retain = means
+        return y, MixtureOfMemoriesState(memory, convs, MemoryStats(None, lr, None, retain))
+
+    def route(self, x: Float[Array, "B T E"]) -> Float[Array, "B T M"]:
+        """The share of each memory in what a token reads, [B, T, M + 1] in fp32, the shared first.
+
+        Args:
+            x: [B, T, dim].
+        """
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        p = jax.nn.softmax(self.router(wide), axis=-1)
+        largest, which = jax.lax.top_k(p, self.active)
+        kept = jnp.sum(jax.nn.one_hot(which, self.memories, dtype=p.dtype), axis=-2) * p
+        kept = kept / jnp.sum(largest, axis=-1, keepdims=True)
+        return jnp.concatenate([jnp.ones_like(kept[..., :1]), kept], axis=-1)
+
+    def _project(self, x, convs, segment_ids):
+        """Queries, keys and values of x, and the convolutions' states."""
+        outputs, states = [], []
+        for i, projection in enumerate((self.query, self.key, self.value)):
+            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
+            if self.convs:
+                flat = z.reshape(*x.shape[:2], -1)
+                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
+                states.append(conv_state)
+                z = flat.reshape(z.shape)
+            outputs.append(jax.nn.silu(z))
+        q, k, v = outputs
+        q = (self.head_dim**-0.5 * unit(q)).astype(q.dtype)
+        return q, unit(k), v, tuple(states)

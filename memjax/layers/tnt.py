@@ -1,0 +1,255 @@
+"""TNT: a memory over everything in large chunks, and memories of short shards in small ones."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import documents, miras
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.gates import GateHead
+from memjax.layers.linear import Linear
+from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.statistics import MemoryStats
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+
+class TNTState(NamedTuple):
+    """What `TNTMemory` carries.
+
+    Attributes:
+        overall: the global memory.
+        local: the local memories.
+        keys: the sum of k k^T since each shard began, as a matrix memory.
+        convs: inputs of the convolutions of queries, keys and values.
+        segment: document of the last token, -1 when there was none, [B].
+        seen: tokens of the document so far, [B].
+        stats: means of surprise and gates of the global memory over the last call.
+    """
+
+    overall: miras.State
+    local: tuple[miras.State, ...]
+    keys: miras.State
+    convs: tuple[ConvState, ...]
+    segment: Int[Array, " B"]
+    seen: Int[Array, " B"]
+    stats: MemoryStats
+
+
+class TNTMemory(nnx.Module):
+    """A global deep memory and local ones that restart at every shard.
+
+        y_t = M(q_t; W at the global chunk's start) + sum_i M(q_t P_t; W^i_t),
+        P_t = sum of k k^T since the shard began (k of unit length)
+
+    The global memory changes once in `chunk` tokens; local memory i takes its gradients every
+    `local_chunks[i]` tokens and begins anew, from weights of its own that are learned, every
+    `shard` tokens of a document. So shards depend on each other through the global memory alone,
+    which is cheap, and a row is as parallel as it has shards.
+
+    Stage 1 trains with chunks that the hardware likes. Stage 2 goes on for a few steps with smaller
+    `local_chunks`: the parameters are the same, so a checkpoint of the one is one of the other.
+
+    Args:
+        dim: model dimension E.
+        heads: heads H.
+        head_dim: dimension of keys and values (default dim / heads).
+        chunk: tokens between two steps of the global memory.
+        local_chunks: chunk of each local memory; () for none.
+        shard: tokens after which local memories begin anew.
+        expansion: of the memory networks `x + LN(gelu(x W_1) W_2)`.
+        conv: width of the depthwise causal convolutions, 0 for none.
+        lr_max: the largest inner learning rate.
+        rngs: the stream `params` draws the weights.
+    Raises:
+        ValueError: sizes that do not fit.
+    Source: TNT (arXiv:2511.07343), equations 5 to 8; no momentum and no decay, as there.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        chunk: int = 2048,
+        local_chunks: tuple[int, ...] = (8, 16),
+        shard: int = 2048,
+        expansion: int = 4,
+        conv: int = 4,
+        lr_max: float = 0.1,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None:
+            if heads < 1 or dim % heads:
+                raise ValueError(
+                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
+                )
+            head_dim = dim // heads
+        if min(dim, heads, head_dim, chunk, shard, *local_chunks) < 1 or conv < 0:
+            raise ValueError(
+                f"dim {dim}, heads {heads}, head_dim {head_dim}, chunk {chunk}, shard {shard} and "
+                f"local_chunks {local_chunks} must be at least 1, conv {conv} at least 0"
+            )
+        if any(shard % size for size in local_chunks):
+            raise ValueError(f"shard {shard} must be a multiple of each of {local_chunks}")
+        if not lr_max > 0:
+            raise ValueError(f"lr_max {lr_max} must be above 0")
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim
+        self.shard, self.lr_max = shard, lr_max
+        structure = miras.mlp(expansion=expansion, norm=True, residual=True)
+        parts = (structure, miras.l2(), miras.none(), miras.gd())
+        self.rule = miras.Rule(*parts, chunk=chunk, read="chunk")
+        self.local_rules = tuple(miras.Rule(*parts, chunk=size) for size in local_chunks)
+
+        def project() -> Linear:
+            return Linear(dim, (heads, head_dim), axes=("embed", "heads", "kv"), rngs=rngs)
+
+        self.query, self.key, self.value, self.gate = project(), project(), project(), project()
+        self.out = Linear((heads, head_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
+        self.norm = RMSNorm(head_dim, rngs=rngs, axis_name="kv")
+        self.convs = nnx.List(
+            CausalConv(heads * head_dim, conv, rngs=rngs, axis_name="heads")
+            for _ in range(3 if conv else 0)
+        )
+        self.rates = nnx.List(
+            GateHead(dim, heads, initial=0.1, rngs=rngs) for _ in range(1 + len(local_chunks))
+        )
+        self.memories = nnx.List(
+            _Weights(self.rule, heads, head_dim, rngs=rngs) for _ in range(1 + len(local_chunks))
+        )
+
+    def start(self, batch: int) -> TNTState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+        """
+        rules = (self.rule, *self.local_rules)
+        overall, *local = (
+            miras.start(rule, weights(), batch)
+            for rule, weights in zip(rules, self.memories, strict=True)
+        )
+        square = miras.zoo.linear_attention()
+        plain = square.init(jax.random.key(0), self.head_dim, self.head_dim)
+        keys = miras.start(square, plain, batch, self.heads)
+        convs = tuple(conv.start(batch) for conv in self.convs)
+        nothing = jnp.zeros((batch, self.heads))
+        stats = MemoryStats(nothing, nothing, None, None)
+        fresh, seen = jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32)
+        state = TNTState(overall, tuple(local), keys, convs, fresh, seen, stats)
+        return jax.tree.map(jnp.copy, state)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: TNTState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], TNTState]:
+        """Reads and learns x, going on from `state`.
+
+        Args:
+            x: [B, T, dim].
+            state: what the tokens before left; None = `start(B)`.
+            segment_ids: document of each token [B, T]; all memories restart where it changes.
+            positions: not used; there for the mixers' one signature.
+        Returns:
+            [B, T, dim] in the dtype of x, and the state after the last token.
+        Raises:
+            ValueError: x, the state or segment_ids do not fit.
+            TypeError: the state is not one of a `TNTMemory`.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        if state is None:
+            state = self.start(x.shape[0])
+        if not isinstance(state, TNTState):
+            raise TypeError(f"state must be a TNTState, got {type(state).__name__}: use start(B)")
+        if state.seen.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
+                f"use start({x.shape[0]})"
+            )
+        q, k, v, convs = self._project(x, state.convs, segment_ids)
+        place = documents.follow(segment_ids, state.segment, state.seen, x.shape[1])
+        shards = self._shards(place)
+        lr = [self.lr_max * rate(x) for rate in self.rates]
+        y, surprise, overall = miras.trace(
+            self.rule, state.overall, q, k, v, miras.Gates(lr=lr[0]), segment_ids=segment_ids
+        )
+        ones = miras.Gates(lr=jnp.ones_like(lr[0]))
+        turned, keys = miras.chunkwise(
+            miras.zoo.linear_attention(),
+            self._joined(state.keys),
+            q,
+            k,
+            k,
+            ones,
+            segment_ids=shards,
+        )
+        local = []
+        for rule, before, rate in zip(self.local_rules, state.local, lr[1:], strict=True):
+            found, after = miras.chunkwise(
+                rule, self._joined(before), turned, k, v, miras.Gates(lr=rate), segment_ids=shards
+            )
+            y = y + found
+            local.append(after)
+        y = self.norm(y) * jax.nn.silu(self.gate(x))
+        y = self.out(constrain(y, ("batch", "time", "heads", "kv")))
+        means = (jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float)) for g in (surprise, lr[0]))
+        surprise, rate = means
+        state = TNTState(
+            overall, tuple(local), keys, convs, place.last, place.seen,
+            MemoryStats(surprise, rate, None, None),
+        )  # fmt: skip
+        return constrain(y, ("batch", "time", "embed")), state
+
+    def _shards(self, place: documents.Documents) -> Int[Array, "B T"]:
+        """A number for every shard of the call, 0 for the one in progress."""
+        begins = (place.index % self.shard == 0) & (place.index > 0)
+        first = jnp.diff(place.number, prepend=0, axis=1) != 0
+        return jnp.cumsum(begins | first, axis=1, dtype=jnp.int32)
+
+    @staticmethod
+    def _joined(state: miras.State) -> miras.State:
+        """The state as one of shard 0 of this call."""
+        return state._replace(segment=jnp.zeros_like(state.segment))
+
+    def _project(self, x, convs, segment_ids):
+        """Queries, keys and values of x, and the convolutions' states."""
+        outputs, states = [], []
+        for i, projection in enumerate((self.query, self.key, self.value)):
+            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
+            if self.convs:
+                flat = z.reshape(*x.shape[:2], -1)
+                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
+                states.append(conv_state)
+                z = flat.reshape(z.shape)
+            outputs.append(jax.nn.silu(z))
+        q, k, v = outputs
+        return unit(q), unit(k), v, tuple(states)
+
+
+class _Weights(nnx.Module):
+    """The learned initial weights of one memory, for every head."""
+
+    def __init__(self, rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs):
+        keys = jax.random.split(rngs.params(), heads)
+        weights = jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
+        self.fast = nnx.List(
+            nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in weights.fast
+        )
+        self.slow = nnx.Dict(
+            {name: nnx.Param(w, axes=("heads", "memory_out")) for name, w in weights.slow.items()}
+        )
+
+    def __call__(self) -> miras.Weights:
+        return miras.Weights(
+            tuple(w[...] for w in self.fast), {name: w[...] for name, w in self.slow.items()}
+        )
