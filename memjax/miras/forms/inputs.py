@@ -1,10 +1,11 @@
 """What every form does to its arguments: checks and dtypes."""
 
+import jax
 import jax.numpy as jnp
 
 from memjax.miras.precision import accumulation_dtype
 from memjax.miras.rule import Gates, Rule, State, fits
-from memjax.typing import Array, Float, Int
+from memjax.typing import Array, Float, Int, PyTree
 
 
 def check(
@@ -20,10 +21,11 @@ def check(
     `lr` as the learner's step sizes.
     """
     fits(rule, state.weights, state.slow)
-    if bool(state.momentum) != (rule.learner.needs_momentum or rule.learner.solves):
+    momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
+    if _shapes(momentum) != _shapes(state.begin.momentum):
         raise ValueError(
-            f"the state {'holds' if state.momentum else 'has no'} momentum, but the rule's learner "
-            f"is {rule.learner}: use a state of miras.start with this rule"
+            f"the state's momentum is not that of {rule.learner}: use a state of miras.start with "
+            "this rule"
         )
     for name, array in (("q", k if q is None else q), ("k", k), ("v", v)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -96,3 +98,7 @@ def check(
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
     gates = Gates(*cast)
     return gates._replace(lr=rule.learner.rates(gates.lr, k))
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.shape, tree)

@@ -1,0 +1,278 @@
+"""The parts of rules alone: signals, kernels, links, orthogonalisation, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax import miras
+from memjax.miras.newton_schulz import orthogonal
+from tests.contracts.scenes import assert_close, float64
+
+HUBER = [miras.huber(kind, sharpness=1e8) for kind in ("coordinate", "norm", "switch")]
+BIASES = [miras.l2(), miras.dot(), miras.robust(), *HUBER]
+
+
+def tokens(bias, count=40):
+    """Answers, values, and thresholds on both sides of the errors."""
+    random = np.random.default_rng(0)
+    y, v = random.normal(size=(2, count, 3))
+    d = random.uniform(0.1, 3.0, count)
+    return jnp.asarray(y), jnp.asarray(v), ((jnp.asarray(d),) if bias.needs_threshold else ())
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=repr)
+@float64
+def test_the_signal_is_the_derivative_of_the_loss(bias):
+    """Of huber with tanh(nu r) as good as sign(r)."""
+    y, v, more = tokens(bias)
+    want = jax.grad(lambda y: jnp.sum(bias.loss(y, v, *more)))(y)
+    assert_close(bias.signal(y, v, *more), want, 1e-12)
+
+
+@float64
+def test_the_smooth_signal_of_lp():
+    """That of |r|^p, but for the smooth modulus and sign; p = 2 is twice l2."""
+    y, v, _ = tokens(miras.lp())
+    r = y - v
+    for p in (1.0, 1.5, 3.0, 4.0):
+        bias = miras.lp(p, sharpness=1e8)
+        assert_close(bias.signal(y, v), p * jnp.sign(r) * jnp.abs(r) ** (p - 1), 1e-2)
+        away = jnp.where(jnp.abs(r) > 0.1, r, 1.0)  # |r| there is right to 1e-6 / (2 r^2)
+        zero = jnp.zeros_like(r)
+        want = p * jnp.sign(away) * jnp.abs(away) ** (p - 1)
+        assert_close(bias.signal(away, zero), want, 2e-4)
+        assert_close(bias.loss(away, zero), jnp.sum(jnp.abs(away) ** p, -1), 2e-4)
+    assert_close(miras.lp(2.0, sharpness=1e8).loss(y, v), 2 * miras.l2().loss(y, v), 1e-5)
+
+
+@pytest.mark.parametrize("bias", [miras.lp(), miras.lp(1.0), *BIASES, miras.huber()], ids=repr)
+def test_signals_have_finite_derivatives_where_the_answer_is_right(bias):
+    v = jnp.ones((2, 3))
+    more = (jnp.ones(2),) if bias.needs_threshold else ()
+    signal, by_y = jax.jvp(lambda y: bias.signal(y, v, *more), (v,), (jnp.ones_like(v),))
+    assert bool(jnp.isfinite(bias.loss(v, v, *more)).all())
+    assert bool(jnp.isfinite(signal).all())
+    assert bool(jnp.isfinite(by_y).all())
+
+
+FEATURES = [miras.polynomial(1), miras.polynomial(3), miras.taylor_exp(2), miras.taylor_exp(4)]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=repr)
+@float64
+def test_polynomial_features_have_the_kernel_of_their_coefficients(features):
+    """phi(q) . phi(k) = sum_i c_i^2 (q . k)^i."""
+    random = np.random.default_rng(0)
+    q, k = random.normal(size=(2, 5, 3))
+    slow = jax.tree.map(lambda c: jnp.asarray(random.normal(size=c.shape)), features.init())
+    fact = np.cumprod([1, *range(1, features.degree + 1)])
+    squares = np.square(slow["taylor"]) if slow else 1 / fact
+    got = features.apply(slow, jnp.asarray(q)) @ features.apply(slow, jnp.asarray(k)).T
+    assert got.shape == (5, 5)
+    assert features.apply(slow, jnp.asarray(q)).shape[1] == features.dim(3)
+    assert_close(got, sum(c * (q @ k.T) ** i for i, c in enumerate(squares)), 1e-12)
+
+
+@float64
+def test_polynomial_features_begin_as_those_of_exp():
+    for degree in (1, 2, 3):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+        polynomial, exp = miras.polynomial(degree), miras.taylor_exp(degree)
+        assert_close(polynomial.apply(polynomial.init(), x), exp.apply({}, x), 1e-7)
+
+
+def test_features_on_paper():
+    x = jnp.asarray([[2.0, -3.0]])
+    assert_close(miras.elu1().apply({}, x), np.array([[3.0, np.exp(-3.0)]]), 1e-6)
+    # u = [2, 0, 0, 3], and turned by one to three places [3, 2, 0, 0], [0, 3, 2, 0], [0, 0, 3, 2]
+    assert_close(miras.dpfp(2).apply({}, x), np.array([[6.0, 0, 0, 0, 0, 0, 0, 0]]), 1e-6)
+    assert_close(miras.dpfp(3).apply({}, x)[:, 8:], np.array([[0, 0, 0, 6.0]]), 1e-6)
+    assert miras.dpfp(3).dim(2) == 12
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6), (1, 5), (5, 1), (2, 3, 4, 5)])
+@float64
+def test_newton_schulz_brings_singular_values_near_1(shape):
+    """Those above 1/50 of the norm, as its authors say of 5 rounds; the vectors stay."""
+    x = np.random.default_rng(0).normal(size=shape)
+    got = np.asarray(orthogonal(jnp.asarray(x)))
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    values = np.einsum("...ki,...kl,...jl->...ij", u, got, v)
+    large = s / np.linalg.norm(s, axis=-1, keepdims=True) > 0.02
+    diagonal = np.diagonal(values, axis1=-2, axis2=-1)
+    assert ((diagonal > 0.68) & (diagonal < 1.21))[large].all(), diagonal
+    off = values * (1 - np.eye(values.shape[-1]))
+    assert np.abs(off).max() < 1e-10
+    assert_close(orthogonal(jnp.asarray(7 * x)), got, 1e-10)  # no matter how long x is
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1e-12, 1e15])
+def test_newton_schulz_of_any_size_is_finite(size):
+    x = size * jnp.eye(3)
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(orthogonal(x)))(x)
+    assert bool(jnp.isfinite(value))
+    assert bool(jnp.isfinite(gradient).all())
+    if size == 0:
+        assert value == 0
+        assert bool((gradient == 0).all())
+
+
+@float64
+def test_links_on_paper():
+    a = jnp.asarray([[2.0, 0.0], [-1.0, 2.0]])
+    assert_close(miras.lq(2.0).link(a), a, 0)
+    assert_close(miras.lq(4.0).link(a), a / 33**0.5, 1e-10)
+    assert_close(miras.lq(1.5).link(a), a * (2 * 2**1.5 + 1) ** (1 / 3), 1e-7)
+    w = miras.simplex(temperature=2.0, total=3.0).link(a)
+    assert_close(jnp.sum(w, axis=0), np.full(2, 3.0), 1e-12)
+    assert_close(w[0] / w[1], np.exp([1.5, -1.0]), 1e-12)
+    # what is added to a column does not show, so that A may stand for log W
+    assert_close(miras.simplex().link(a + 5), miras.simplex().link(a), 1e-12)
+    assert_close(miras.simplex().link(jnp.log(w / 3)), w / 3, 1e-12)
+    net = miras.elastic_net(2.0).link(a)
+    assert_close(net, np.array([[1.0, 0.0], [-np.arctan(0.5) * 2 / np.pi, 1.0]]), 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e12])
+def test_the_link_of_lq_keeps_to_the_range_of_its_dtype(size):
+    a = size * jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    exact = np.asarray(a, np.float64)
+    want = exact / (exact**4).sum() ** 0.5
+    assert_close(miras.lq(4.0).link(a), want, 1e-5)
+    by_a = jax.grad(lambda a: jnp.sum(miras.lq(4.0).link(a)))(a)
+    assert bool(jnp.isfinite(by_a).all())
+
+
+@float64
+def test_renormalised_columns_have_the_norms_of_the_start():
+    random = np.random.default_rng(0)
+    a, begin = (jnp.asarray(random.normal(size=(2, 4, 3))) for _ in range(2))
+    got = miras.renormalise().close(a, begin)
+    assert_close(jnp.linalg.norm(got, axis=1), jnp.linalg.norm(begin, axis=1), 1e-9)
+    cosine = jnp.sum(got * a, 1) / jnp.linalg.norm(got, axis=1) / jnp.linalg.norm(a, axis=1)
+    assert_close(cosine, np.ones((2, 3)), 1e-12)
+
+
+@float64
+def test_lq_2_is_decay():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, 9, 1, 3))) for _ in range(3))
+    gates = miras.Gates(jnp.full((1, 9, 1), 0.2), retain=jnp.full((1, 9, 1), 0.9))
+    results = []
+    for retention in (miras.lq(2.0), miras.decay()):
+        rule = miras.Rule(miras.mlp(expansion=1), miras.l2(), retention, miras.gd(), chunk=4)
+        state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+        y, last = miras.chunkwise(rule, state, q, k, v, gates)
+        results.append((y, last.weights))
+    assert_close(*results, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: miras.lp(0.5), "lp p 0.5"),
+        (lambda: miras.lp(3.0, sharpness=0.0), "sharpness 0.0"),
+        (lambda: miras.huber("soft"), "huber kind 'soft'"),
+        (lambda: miras.huber(sharpness=-1.0), "huber sharpness"),
+        (lambda: miras.polynomial(0), "polynomial degree 0"),
+        (lambda: miras.taylor_exp(0), "degree 0"),
+        (lambda: miras.dpfp(0), "dpfp nu 0"),
+        (lambda: miras.decay(to="start"), "decay to 'start'"),
+        (lambda: miras.lq(1.0), "lq q 1.0"),
+        (lambda: miras.simplex(temperature=0.0), "temperature 0.0"),
+        (lambda: miras.simplex(total=-1.0), "total -1.0"),
+        (lambda: miras.elastic_net(0.0), "elastic_net threshold 0.0"),
+        (lambda: miras.muon(steps=0), "muon steps 0"),
+        (lambda: miras.chunk_muon(steps=-1), "chunk_muon steps -1"),
+        (lambda: miras.omega(0), "omega window 0"),
+        (lambda: miras.omega(2, miras.omega(2)), "omega step"),
+        (lambda: miras.omega(2, miras.implicit()), "omega step"),
+        (lambda: miras.gated_mlp(expansion=0), "gated_mlp expansion 0"),
+        (lambda: miras.gated_mlp(activation="tanh"), "gated_mlp activation 'tanh'"),
+        (lambda: miras.vector().init(jax.random.key(0), 3, 4), "dim_k 3"),
+        (
+            lambda: miras.gated_mlp(residual=True).init(jax.random.key(0), 3, 4),
+            "gated_mlp residual",
+        ),
+    ],
+)
+def test_what_parts_refuse(make, what):
+    with pytest.raises(ValueError, match=what):
+        make()
+
+
+def test_features_that_are_not_made():
+    for features in (miras.elu1, "elu1"):
+        with pytest.raises(Exception, match="features"):  # in tests the type check comes first
+            miras.matrix(features=features)
+
+
+def _rule(**parts):
+    given = {
+        "structure": miras.matrix(), "bias": miras.l2(), "retention": miras.none(),
+        "learner": miras.gd(), "chunk": 2,
+    }  # fmt: skip
+    return miras.Rule(**given | parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "what"),
+    [
+        ({"learner": miras.chunk_muon(), "retention": miras.decay()}, r"chunk_muon\(\) leaves"),
+        ({"learner": miras.omega(2, miras.chunk_muon()), "retention": miras.lq()}, "chunk_muon"),
+        ({"learner": miras.omega(), "retention": miras.decay("gradient")}, r"omega\(\) takes all"),
+        ({"read": "never"}, "read 'never'"),
+    ],
+)
+def test_what_rules_refuse(parts, what):
+    with pytest.raises(ValueError, match=what):
+        _rule(**parts)
+
+
+ROWS = (1, 4, 1)
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+@pytest.mark.parametrize(
+    ("rule", "gates", "what"),
+    [
+        (_rule(bias=miras.huber()), {}, "gates.threshold is None"),
+        (_rule(), {"threshold": ROWS}, "gates.threshold was given"),
+        (_rule(bias=miras.robust()), {"threshold": (1, 4, 2)}, "gates.threshold has shape"),
+        (_rule(learner=miras.omega(3, miras.gd())), {"window": (*ROWS, 2)}, "window of 3"),
+        (_rule(), {"window": (*ROWS, 1)}, "leave it"),
+        (_rule(retention=miras.renormalise()), {"retain": ROWS}, "gates.retain was given"),
+        (_rule(learner=miras.muon()), {}, "gates.momentum is None"),
+        (_rule(structure=miras.matrix(features=miras.elu1()), retention=miras.decay()),
+         {"retain": (*ROWS, 3)}, "channel-wise"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_gates_that_are_refused(rule, gates, what, form):
+    x = jnp.ones((*ROWS, 3))
+    state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+    given = miras.Gates(jnp.ones(ROWS), **{name: jnp.ones(size) for name, size in gates.items()})
+    with pytest.raises((ValueError, TypeError), match=what):
+        form(rule, state, x, x, x, given)
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+@pytest.mark.parametrize(
+    ("of", "to", "what"),
+    [
+        (miras.omega(2), miras.omega(3), "window"),
+        (miras.momentum(), miras.omega(3), "window"),
+        (miras.omega(3), miras.momentum(), "window"),
+        (miras.momentum(), miras.chunk_muon(), "momentum"),
+        (miras.chunk_muon(), miras.muon(), "momentum"),
+        (miras.gd(), miras.delta_momentum(), "momentum"),
+    ],
+    ids=repr,
+)
+def test_states_of_other_learners_are_refused(of, to, what, form):
+    x, gate = jnp.ones((*ROWS, 3)), jnp.ones(ROWS)
+    rule = _rule(learner=of)
+    state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+    with pytest.raises(ValueError, match=what):
+        form(_rule(learner=to), state, x, x, x, miras.Gates(gate, momentum=gate))
