@@ -197,7 +197,9 @@ CASES = (
             chunk=4, structure="gated_mlp", activation="silu", norm=True, residual=True,
             bias="lp", p=3, sharpness=5, retention="lq", q=4, momentum=False,
         ),
-        rate=0.1,
+        key=6,
+        value=6,
+        rate=0.02,
     ),
     RuleCase(
         "omega_net",
@@ -218,7 +220,10 @@ CASES = (
             miras.huber("switch"), _decay, _gd, chunk=5,
         ),
         oracle.Rule(chunk=5, norm=True, residual=True, bias="huber switch", momentum=False),
+        key=6,
+        value=6,
         threshold=(1.0, 4.0),
+        rate=0.1,
     ),
     RuleCase(
         "huber_norm",
@@ -249,14 +254,16 @@ CASES = (
     ),
     RuleCase(
         "memora",
+        # without a norm: weights of one sign give outputs nearly alike, and it divides by how far
+        # these are from each other
         miras.Rule(
-            miras.mlp(depth=2, expansion=2, norm=True, residual=True),
-            _l2, miras.simplex(temperature=0.5, total=2.0), _gd, chunk=4,
+            miras.mlp(depth=2, expansion=2, residual=True),
+            _l2, miras.simplex(temperature=0.25, total=2.0), _gd, chunk=4,
         ),
         oracle.Rule(
-            chunk=4, norm=True, residual=True, retention="simplex", temperature=0.5, total=2,
-            momentum=False,
+            chunk=4, residual=True, retention="simplex", temperature=0.25, total=2, momentum=False
         ),
+        rate=0.3,
     ),
     RuleCase(
         "elastic_net_before",
@@ -307,7 +314,7 @@ CASES = (
         ),
         oracle.Rule(chunk=4, retention="initial", learner="delta", read="chunk"),
         value=5,
-        rate=0.5,
+        rate=0.1,
     ),
     RuleCase(
         "lact",

@@ -88,6 +88,8 @@ def cast(tree, dtype):
 
     def leaf(a):
         a = jnp.asarray(a)
+        if a.dtype == bool:
+            return a
         return a.astype(dtype if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32)
 
     return jax.tree.map(leaf, tree)
