@@ -39,6 +39,7 @@ bench: $(VENV)/.dev
 	$(RUN) experiments/benchmarks/neural_memory.py
 	$(RUN) experiments/benchmarks/length.py
 	$(RUN) experiments/benchmarks/decode.py
+	$(RUN) experiments/benchmarks/rules.py
 
 clean:
 	rm -rf .venv .cache build *.egg-info

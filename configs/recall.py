@@ -24,7 +24,17 @@ from ml_collections import ConfigDict
 from memjax.models import mixers
 from memjax.training import sweep
 
-VARIANTS = ("mqar", "joint", "copying", "parity", "s5", "niah", "smoke")
+VARIANTS = (
+    "mqar",
+    "joint",
+    "copying",
+    "parity",
+    "s5",
+    "niah",
+    "mqar_small",
+    "states_small",
+    "smoke",
+)
 
 
 def _tasks(variant: str) -> dict:
@@ -54,6 +64,51 @@ def _tasks(variant: str) -> dict:
     }
 
 
+def _small(variant: str) -> dict:
+    """What two CPU cores do in an hour or two: one width, one rate, few tokens."""
+    if variant == "mqar_small":
+        sizes = ((64, 4), (128, 8))
+        tasks = {
+            f"mqar-{t}-{k}": {"task": "mqar", "length": t, "pairs": k, "vocabulary": 256}
+            for t, k in sizes
+        }
+        names = (
+            "transformer", "gated_delta_net", "delta_net", "lmm", "atlas", "linear_attention",
+            "retnet",
+        )  # fmt: skip
+        models: dict = {name: {"pattern": (name,)} for name in names}
+        # Newton-Schulz at every token is dear: four small heads, no monomials.
+        models["atlas"] |= {"heads": 4, "memory": {"degree": 1}}
+    else:
+        tasks = {
+            "parity-32-128": {"task": "parity", "length": 33, "test": {"length": 129}},
+            "s5-16-32": {"task": "s5", "length": 17, "test": {"length": 33}},
+        }
+        names = ("transformer", "linear_attention", "gated_delta_net", "delta_net", "rwkv7", "lmm")
+        models = {name: {"pattern": (name,)} for name in names}
+        for name in ("gated_delta_net", "delta_net"):
+            options = {"negative_eigenvalues": True}
+            models[f"{name}-negative"] = {"pattern": (name,), "memory": options}
+    return {
+        "tasks": tasks,
+        "models": models,
+        "model": {
+            "layers": 2,
+            "heads": 1,
+            "feed_forward": "none",
+            "persistent": 0,
+            "memory": {"chunk": 16, "expansion": 2},
+            "dtype": "float32",
+        },
+        "dims": (64,),
+        "lrs": (1e-2,),
+        "seeds": (0, 1, 2),
+        "train": {"steps": 3000, "batch": 64, "warmup": 100, "final_lr": 0.0},
+        "score": {"rows": 1024, "batch": 64, "every": 100},
+        "workdir": f"runs/recall-{variant}",
+    }
+
+
 def get_config(variant: str = "mqar") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(
@@ -80,6 +135,8 @@ def get_config(variant: str = "mqar") -> ConfigDict:
                 "workdir": "runs/recall-smoke",
             }
         )
+    if variant.endswith("_small"):
+        return sweep.complete(_small(variant))
     models = {name: {"pattern": (name,)} for name in mixers.registry.names()}
     models["ttt_linear"]["memory"] = {"expansion": None}  # a single matrix
     models["lmm+swa"] = {"pattern": ("lmm", "swa")}

@@ -1,4 +1,7 @@
-"""The matrix memories of the zoo are the recurrences of their papers, and their tiles are exact."""
+"""Every row of the zoo equals an oracle of its own, and what closed forms are made of is exact."""
+
+import inspect
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -7,92 +10,44 @@ import pytest
 
 from memjax import miras
 from memjax.miras import products, zoo
-from tests.contracts.scenes import assert_close, float64, quick_jit
-from tests.oracles import recurrences
+from tests.contracts import scenes, values
+from tests.contracts import zoo as table
+from tests.contracts.scenes import assert_close, float64
 
-TIME, KEY, VALUE = 21, 6, 5
-
-
-def _inputs(seed=0):
-    random = np.random.default_rng(seed)
-    q, k = random.normal(size=(2, TIME, KEY))
-    k /= np.linalg.norm(k, axis=1, keepdims=True)
-    return q, k, random.normal(size=(TIME, VALUE)), random.normal(size=(VALUE, KEY)), random
+FORMS = ("recurrent", "chunkwise", "step")
 
 
-def _rates(random, low, high, *shape):
-    return random.uniform(low, high, (TIME, *shape))
+def test_every_row_has_an_oracle():
+    rows = {name for name in dir(zoo) if inspect.isfunction(getattr(zoo, name)) and name[0] != "_"}
+    made = {name for name in rows if getattr(zoo, name).__module__ == zoo.__name__}
+    assert made == {*table.MATRIX, *(case.name for case in table.DEEP)}
 
 
-def _linear_attention(random):
-    return {}, ()
+def test_the_page_lists_every_row():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "zoo.md").read_text()
+    for name in (*table.MATRIX, *(case.name for case in table.DEEP)):
+        assert f"| `{name}` |" in page, f"{name}: run python -m tests.contracts.zoo > docs/zoo.md"
 
 
-def _retnet(random):
-    return {"retain": np.full(TIME, 0.9)}, (0.9,)
-
-
-def _gla(random):
-    a = _rates(random, 0.2, 1.0, KEY)
-    return {"retain": a}, (a,)
-
-
-def _mamba2(random):
-    dt = _rates(random, 0.01, 1.5)
-    return {"lr": dt, "retain": np.exp(-2.0 * dt)}, (dt, 2.0)
-
-
-def _delta_net(random):
-    b = _rates(random, 0.0, 2.0)
-    return {"lr": b}, (b,)
-
-
-def _gated_delta_net(random):
-    a, b = _rates(random, 0.0, 1.0), _rates(random, 0.0, 2.0)
-    return {"lr": b, "retain": a}, (b, a)
-
-
-def _kda(random):
-    a, b = _rates(random, 0.0, 1.0, KEY), _rates(random, 0.0, 2.0)
-    return {"lr": b, "retain": a}, (b, a)
-
-
-def _longhorn(random):
-    th = _rates(random, 0.1, 20.0)
-    return {"lr": th}, (th,)
-
-
-ROWS = {
-    "linear_attention": _linear_attention, "retnet": _retnet, "gla": _gla, "mamba2": _mamba2,
-    "delta_net": _delta_net, "gated_delta_net": _gated_delta_net, "kda": _kda,
-    "longhorn": _longhorn,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "chunkwise 1", "chunkwise 5"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("form", [*FORMS, "chunkwise 1", "chunkwise 5"])
+@pytest.mark.parametrize("name", table.MATRIX)
 @float64
 def test_the_recurrence_of_the_paper(name, form):
-    q, k, v, start, random = _inputs()
-    gates, rates = ROWS[name](random)
-    want, last = getattr(recurrences, name)(q, k, v, *rates, start)
-    if name == "longhorn":
-        k = 3 * k  # its step is stable for keys of any length
-        want, last = recurrences.longhorn(q, k, v, *rates, start)
-    rule = getattr(zoo, name)()
-    gates = {"lr": np.ones(TIME)} | gates
-    gates = miras.Gates(**{g: jnp.asarray(value)[None, :, None] for g, value in gates.items()})
-    weights = miras.Weights((jnp.asarray(start.T),), {})
     which, _, block = form.partition(" ")
-    options = {"block": int(block)} if block else {}
+    got, want = table.matrix_results(name, which, int(block) if block else None)
+    assert_close(got, want, 1e-10, f"{name} {form}")
 
-    def run(q, k, v, gates):
-        state = miras.start(rule, weights, 1)
-        return getattr(miras, which)(rule, state, q, k, v, gates, **options)
 
-    y, state = quick_jit(run)(*(jnp.asarray(x)[None, :, None] for x in (q, k, v)), gates)
-    assert_close(y[0, :, 0], want, 1e-10, f"{name} {form}")
-    assert_close(state.weights[0][0, 0].T, last, 1e-10, f"{name} {form} state")
+@pytest.mark.parametrize("case", table.DEEP, ids=lambda case: case.name)
+class TestDeepRows:
+    @pytest.fixture(autouse=True)
+    def _forget(self):
+        yield
+        scenes.forget()
+
+    @pytest.mark.parametrize("which", FORMS)
+    def test_equals_the_oracle(self, case, which):
+        values.check_oracle(scenes.FORMS, case, which)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 21, 64])

@@ -117,9 +117,22 @@ def test_decode(tmp_path):
     assert "NO" not in printed
 
 
+def test_rules(tmp_path):
+    printed, result = smoke("rules", tmp_path)
+    assert [row["rule"] for row in result["rows"]] == ["gated_delta_net", "yaad"]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(
+            row["tokens_per_second"]["median"] / row["scan_tokens_per_second"]["median"]
+        )
+        assert row["operations"] > 0
+        assert {s["tokens"] for s in row["samples"]["recurrent"]} == {16}
+        assert row["rule"] in printed
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
+        ("rules", ["--rules=gru"], "no rule 'gru'; there are linear_attention, retnet"),
         ("neural_memory", ["--heads=3"], "--dim=256 must be a multiple of --heads=3"),
         ("neural_memory", ["--tokens=100"], "--tokens=100 must be at least two chunks of 64"),
         ("neural_memory", ["--peer_python=/none"], "--peer_python=/none is no program"),
@@ -135,7 +148,7 @@ def test_bad_flags(name, flags, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["neural_memory", "length", "decode"])
+@pytest.mark.parametrize("name", ["neural_memory", "length", "decode", "rules"])
 def test_help_needs_no_package(name):
     done = run(name, "--help", python=["-S"])
     assert done.returncode == 0, done.stderr

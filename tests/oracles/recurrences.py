@@ -75,3 +75,21 @@ def longhorn(q, k, v, rate, state):
         lambda s, k, v, th: (s / th + np.outer(v, k)) @ np.linalg.inv(eye / th + np.outer(k, k)),
         state, q, k, v, rate,
     )  # fmt: skip
+
+
+def rwkv7(q, k, v, decay, rate, write, state):
+    """S_t = S_{t-1} (diag(w) - k^T (a o k)) + v k~^T (arXiv:2503.14456, equation 17)."""
+    return _scan(
+        lambda s, k, v, a, b, w: s @ (np.diag(a) - np.outer(k, b * k)) + np.outer(v, w),
+        state, q, k, v, decay, rate, write,
+    )  # fmt: skip
+
+
+def mesa_net(q, k, v, rate, decay, ridge, state):
+    """o = G (H + diag(ridge))^-1 q, H = g H + b k k^T, G = g G + b v k^T (arXiv:2506.05233)."""
+    outputs, squares = [], np.zeros((k.shape[1], k.shape[1]))
+    for q_t, k_t, v_t, b, g in zip(q, k, v, rate, decay, strict=True):
+        squares = g * squares + b * np.outer(k_t, k_t)
+        state = g * state + b * np.outer(v_t, k_t)
+        outputs.append(state @ np.linalg.solve(squares + np.diag(ridge), q_t))
+    return np.array(outputs), state
