@@ -81,6 +81,14 @@ momentum_dropped = last_state(
 place_dropped = last_state(lambda s, *_: s._replace(place=jnp.zeros_like(s.place)))
 base_dropped = last_state(lambda s, *_: s._replace(base=s.weights))
 segment_dropped = last_state(lambda s, *_: s._replace(segment=jnp.full_like(s.segment, -1)))
+
+
+@last_state
+def pairs_dropped(state, *_):
+    """The window is empty behind a call."""
+    return state._replace(pairs=jax.tree.map(jnp.zeros_like, state.pairs))
+
+
 gradient_cut = last_state(
     lambda s, *_: s._replace(weights=jax.tree.map(jax.lax.stop_gradient, s.weights))
 )
@@ -121,6 +129,12 @@ def place_off(rule, state, q, k, v, gates, ids):
 
 
 @arguments
+def window_turned(rule, state, q, k, v, gates, ids):
+    """The shares of the window are taken from its other end."""
+    return rule, state, q, k, v, gates._replace(window=gates.window[..., ::-1]), ids
+
+
+@arguments
 def scale_ignored(rule, state, q, k, v, gates, ids):
     return rule, state, q, k, v, gates._replace(scale=None), ids
 
@@ -153,6 +167,9 @@ def stopped(name):
             inputs[name] = stop(inputs[name])
         elif name in gates._fields:
             gates = gates._replace(**{name: stop(getattr(gates, name))})
+        elif name == "pairs":
+            kept = state.pairs._replace(live=None)
+            state = state._replace(pairs=stop(kept)._replace(live=state.pairs.live))
         elif name == "velocity":
             state = state._replace(momentum=stop(state.momentum))
         else:

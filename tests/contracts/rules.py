@@ -35,7 +35,7 @@ _l2, _dot, _decay, _none = miras.l2(), miras.dot(), miras.decay(), miras.none()
 _gd, _momentum = miras.gd(), miras.momentum()
 _first = miras.decay(before="gradient")
 
-CASES = (
+ENGINE = (
     RuleCase(
         "delta",
         _matrix(_l2, _none, _gd, chunk=4),
@@ -187,6 +187,10 @@ CASES = (
         scale=True,
         rate=0.5,
     ),
+)  # fmt: skip
+
+# The other parts, as few cases as hold each of them once and beside different others.
+PARTS = (
     RuleCase(
         "moneta_gated",
         miras.Rule(
@@ -369,13 +373,14 @@ CASES = (
     ),
 )  # fmt: skip
 
+CASES = ENGINE + PARTS
 BY_NAME = {case.name: case for case in CASES}
 
 # Where a check concerns the engine and not the parts, these stand for all: a matrix memory with
-# every gate, a deep one with momentum, one that reads before the write, one without momentum, and
-# the closed forms.
+# every gate, a deep one with momentum, one that reads before the write, one without momentum, the
+# closed forms, one with a window and weights that are no sums, and one that steps by chunk.
 FEW = tuple(
     BY_NAME[name]
     for name in ("matrix_before", "titans", "ttt_linear", "gated_delta_net", "kda_before",
-                 "channelwise_delta", "gated_linear_attention", "mlp_first")
+                 "channelwise_delta", "gated_linear_attention", "mlp_first", "atlas", "lact")
 )  # fmt: skip

@@ -7,6 +7,7 @@ from tests.contracts.faults import plant
 
 MATRIX = rules.BY_NAME["matrix_before"]  # every gate, read before the write
 ATTENTION = rules.BY_NAME["linear_attention_channelwise"]  # every gate, read after
+OMEGA = rules.BY_NAME["omega_by_chunk"]  # has thresholds and a window
 TITANS = rules.BY_NAME["titans_linear"]  # has slow weights
 WHICH = ("recurrent", "chunkwise", "step")
 SEQUENCE = ("recurrent", "chunkwise")
@@ -31,6 +32,11 @@ def fails(check, forms, *args, **options):
 )  # fmt: skip
 def test_oracle(fault):
     fails(values.check_oracle, plant("chunkwise", getattr(faults, fault)), MATRIX, "chunkwise")
+
+
+@pytest.mark.parametrize("fault", ["window_turned", "pairs_dropped"])
+def test_oracle_of_a_window(fault):
+    fails(values.check_oracle, plant("chunkwise", getattr(faults, fault)), OMEGA, "chunkwise")
 
 
 @pytest.mark.parametrize("fault", ["place_off", "scale_ignored", "ids_ignored"])
@@ -90,6 +96,13 @@ def test_gradients_of_slow_weights():
     forms = plant("chunkwise", faults.stopped("slow"))
     fails(gradients.check_gradients, forms, TITANS, "chunkwise")
     fails(gradients.check_differences, forms, TITANS, "chunkwise")
+
+
+@pytest.mark.parametrize("name", ["threshold", "window", "pairs"])
+def test_gradients_of_a_window(name):
+    forms = plant("chunkwise", faults.stopped(name))
+    fails(gradients.check_gradients, forms, OMEGA, "chunkwise")
+    fails(gradients.check_differences, forms, OMEGA, "chunkwise")
 
 
 def test_gradient_of_the_start():
