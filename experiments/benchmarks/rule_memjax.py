@@ -56,7 +56,7 @@ def build(spec: dict):
     began = time.perf_counter()
     compiled = jax.jit(step).lower(*arguments).compile()
     info = {
-        "versions": harness.versions("memjax", "jax", "jaxlib"),
+        "versions": harness.versions("memjax", "jax", "jaxlib", "flax"),
         "compile_seconds": time.perf_counter() - began,
         "flops": product_flops(jax.make_jaxpr(step)(*arguments).jaxpr),
     }
