@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import miras
-from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead, ThresholdHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -157,7 +157,7 @@ class NeuralMemory(nnx.Module):
             prefix = self.persistent[...][None]
             q, k, v, _ = self._project(prefix, None, None)
             _, row = miras.chunkwise(self.rule, row, q, k, v, self._gates(prefix))
-            memory = miras.begin_from(row, batch)
+            memory = miras.begin_from(self.rule, row, batch)
         convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
         stats = MemoryStats(
@@ -244,13 +244,7 @@ class NeuralMemory(nnx.Module):
                 f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
                 f"use start({x.shape[0]})"
             )
-        there = [conv.inputs.shape[1:] for conv in state.convs]
-        ours = [(conv.width - 1, conv.dim) for conv in self.convs]
-        if there != ours:
-            raise ValueError(
-                f"the state is of a NeuralMemory with other convolutions: their inputs are {there},"
-                f" here {ours}; use start({x.shape[0]})"
-            )
+        check_states("NeuralMemory", self.convs, state.convs, x.shape[0])
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
             raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
 

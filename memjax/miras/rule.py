@@ -1,6 +1,7 @@
 """A rule names a memory by its four choices; a state is what it holds while it reads a sequence."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -137,8 +138,11 @@ class Rule:
                 raise TypeError(f"Rule {name} {part!r} is not a {kind.__name__}{hint}")
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
-        if self.learner.solves and self.read == "chunk":
-            raise ValueError('Rule read "chunk" has no meaning for normal_equations()')
+        if self.read == "chunk" and (self.learner.solves or self.learner.exchanges):
+            raise ValueError(
+                f'Rule read "chunk" is not there for {self.learner}, which has chunks of one token:'
+                ' use "before"'
+            )
         if self.read not in ("after", "before", "chunk"):
             raise ValueError(f'Rule read {self.read!r} must be "after", "before" or "chunk"')
         self.learner.check(self.structure, self.bias, self.retention, self.chunk)
@@ -191,13 +195,14 @@ def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights
     return plain
 
 
-def begin_from(state: State, batch: int) -> State:
+def begin_from(rule: Rule, state: State, batch: int) -> State:
     """Makes what `state` (of one row) has learned the memory that every document starts from.
 
     Used for a fixed prefix, such as Titans' persistent tokens: the memory reads it once, and the
-    chunk in progress ends with it.
+    chunk in progress ends with it, for a learner that acts at the ends of chunks too.
 
     Args:
+        rule: the memory.
         state: the state of a single row.
         batch: number of rows of the new state.
     Raises:
@@ -206,8 +211,24 @@ def begin_from(state: State, batch: int) -> State:
     if state.place.shape[0] != 1:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
     begin = jax.tree.map(lambda w: w[0], Begin(state.weights, state.momentum))
+    if rule.learner.closes or rule.retention.closes:
+        begin = _closed(rule, state, begin)
     pairs = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), state.pairs)
     return _at(begin, state.slow, batch)._replace(pairs=pairs)
+
+
+def _closed(rule: Rule, state: State, begin: Begin) -> Begin:
+    """What a state has learned when the tokens of its last chunk are all that there are."""
+    count = state.place[0].astype(begin.weights[0].dtype)
+    weights, velocity = begin
+    if rule.learner.closes:
+        close = functools.partial(rule.learner.close, count=jnp.maximum(count, 1))
+        velocity, change = jax.vmap(close)(velocity)
+        weights = jax.tree.map(jnp.add, weights, change)
+    weights = jax.tree.map(rule.retention.close, weights, state.begin.weights)
+    return jax.tree.map(
+        lambda new, old: jnp.where(count > 0, new, old), Begin(weights, velocity), begin
+    )
 
 
 def _pairs(rule: Rule, fast: tuple[Array, ...], batch: int) -> Pairs | tuple[()]:

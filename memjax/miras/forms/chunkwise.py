@@ -69,8 +69,9 @@ def chunkwise(
         gates: rates, each [B, T, H].
         segment_ids: document of each token; the memory restarts where it changes. None: all tokens
             continue the document of the state.
-        block: tile size, at most the chunk (default: the chunk, at most 128); only speed. The
-            closed form of online matrix memories takes any (default 64).
+        block: tile size, at most the chunk (default: the chunk, at most 128, or 32 where each
+            token's weights are formed); only speed. The closed form of online matrix memories
+            takes any (default 64).
         implementation: "xla", or None for the platform's best (here also "xla").
         remat: tiles per group of recomputation in the backward pass, which holds one state a group
             and what one group computes: None = as few as keep those states within 8 times the size
