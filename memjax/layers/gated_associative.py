@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.linear import Linear, fan_in_normal
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -46,7 +46,7 @@ class GatedAssociativeMemory(nnx.Module):
         Args:
             batch: B.
         """
-        return self.conv.start(batch)
+        return self.conv.start(batch, jnp.promote_types(self.bank[...].dtype, jnp.float32))
 
     def __call__(
         self,
@@ -66,16 +66,23 @@ class GatedAssociativeMemory(nnx.Module):
         Returns:
             [B, T, dim] in the dtype of x, and the state after the last token.
         Raises:
-            ValueError: x or the state do not fit.
+            ValueError: x, the state or segment_ids do not fit.
+            TypeError: the state is not one of a `GatedAssociativeMemory`.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
             raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
         state = self.start(x.shape[0]) if state is None else state
+        if not isinstance(state, ConvState):
+            raise TypeError(
+                f"state must be a ConvState, got {type(state).__name__}: use start({x.shape[0]})"
+            )
+        check_states("GatedAssociativeMemory", [self.conv], [state], x.shape[0])
         local, state = self.conv(x, state, segment_ids=segment_ids)
         bank = self.bank[...].astype(x.dtype)
-        scores = jnp.einsum("bte,ne->btn", x, bank, preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scores = jnp.einsum("bte,ne->btn", x, bank, preferred_element_type=wide)
         share = jax.nn.softmax(scores / self.dim**0.5, axis=-1).astype(x.dtype)
         gate = jax.nn.sigmoid(self.gates(x))
         y = gate[..., 0, :] * self.local(local) + gate[..., 1, :] * (share @ bank)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
-from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import FixedDecay, GateHead, Gating, PowerDecay, SoftplusDecay, StepSize
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -247,13 +247,7 @@ class MatrixMemory(nnx.Module):
                 f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
                 f"use start({x.shape[0]})"
             )
-        there = [conv.inputs.shape[1:] for conv in state.convs]
-        ours = [(conv.width - 1, conv.dim) for conv in self.convs]
-        if there != ours:
-            raise ValueError(
-                f"the state is of a MatrixMemory with other convolutions: their inputs are {there},"
-                f" here {ours}; use start({x.shape[0]})"
-            )
+        check_states("MatrixMemory", self.convs, state.convs, x.shape[0])
         for name, given in (("segment_ids", segment_ids), ("positions", positions)):
             if given is not None and given.shape != x.shape[:2]:
                 raise ValueError(f"{name} has shape {given.shape}; it must be {x.shape[:2]}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import miras
-from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -34,6 +34,7 @@ class MixtureOfMemories(nnx.Module):
     """Several memories of which each token uses a few, and one that all tokens use.
 
         p        = softmax(x W_r),  the `active` largest kept and scaled to sum to 1
+        q        = unit(SiLU(conv(x W_q))) / sqrt(head_dim)
         k_m, v_m = unit(SiLU(conv(x W_k,m))), SiLU(conv(x W_v,m))       of memory m = 0 .. M
         W_m      = the rule over (k_m, v_m) at tokens routed to m; at others W_m stays as it is
         y        = (norm(q (W_0 + sum_m p_m W_m)) o SiLU(x W_g)) W_o
@@ -47,7 +48,8 @@ class MixtureOfMemories(nnx.Module):
         heads: heads H of each memory.
         head_dim: dimension of keys and values (default dim / heads).
         memories: M, those that are routed to.
-        active: memories that a token uses besides the shared one.
+        active: memories that a token uses besides the shared one. Where it is 1 the share is 1
+            whatever the router says: nothing trains the router.
         conv: width of the depthwise causal convolutions, 0 for none.
         rule: of every memory (default `miras.zoo.gated_delta_net()`); structure `matrix()`, scalar
             decay, a rate per token.
@@ -91,9 +93,12 @@ class MixtureOfMemories(nnx.Module):
             or learner.solves
             or rule.bias.needs_threshold
             or learner.window > 1
+            or rule.retention.closes
+            or rule.init(jax.random.key(0), head_dim, head_dim).slow
         ):
             raise ValueError(
                 "MixtureOfMemories needs a rule of matrix() whose only gates are lr and retain, "
+                "without learned features, that leaves a memory alone where lr is 0 and retain 1, "
                 f"not {rule}"
             )
         self.dim, self.heads, self.head_dim, self.rule = dim, heads, head_dim, rule
@@ -167,6 +172,7 @@ class MixtureOfMemories(nnx.Module):
                 f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
                 f"use start({x.shape[0]})"
             )
+        check_states("MixtureOfMemories", self.convs, state.convs, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         share = self.route(x)
         used = jnp.repeat(share > 0, self.heads, axis=-1)

@@ -1,5 +1,6 @@
 """RWKV-7's time mixing: the exchange rule in the shell of its paper."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
 _MIXED = ("receptance", "key", "value", "decay", "rate", "gate")
-DECAY = 0.606531  # exp(-1/2): the slowest decay is exp(-DECAY sigmoid(.)), never below 0.545
+DECAY = math.exp(-0.5)  # the decay is exp(-DECAY sigmoid(.)), never below 0.545
 
 
 class RWKV7State(NamedTuple):
@@ -143,6 +144,11 @@ class RWKV7(nnx.Module):
             raise ValueError(
                 f"the state is for a batch of {state.last.inputs.shape[0]}, x has {x.shape[0]}; "
                 f"use start({x.shape[0]})"
+            )
+        if state.last.inputs.shape[1:] != (1, self.dim):
+            raise ValueError(
+                f"the state is of an RWKV7 with other tokens: {state.last.inputs.shape[1:]}, here "
+                f"{(1, self.dim)}; use start({x.shape[0]})"
             )
         before, last = self._before(x, state.last, segment_ids)
         wide = jnp.promote_types(x.dtype, jnp.float32)

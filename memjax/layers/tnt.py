@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
-from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -50,7 +50,8 @@ class TNTMemory(nnx.Module):
     which is cheap, and a row is as parallel as it has shards.
 
     Stage 1 trains with chunks that the hardware likes. Stage 2 goes on for a few steps with smaller
-    `local_chunks`: the parameters are the same, so a checkpoint of the one is one of the other.
+    `local_chunks`: the parameters are the same, so a checkpoint of the one is one of the other (and
+    a state too, where a shard begins).
 
     Args:
         dim: model dimension E.
@@ -135,7 +136,7 @@ class TNTMemory(nnx.Module):
         square = miras.zoo.linear_attention()
         plain = square.init(jax.random.key(0), self.head_dim, self.head_dim)
         keys = miras.start(square, plain, batch, self.heads)
-        convs = tuple(conv.start(batch) for conv in self.convs)
+        convs = tuple(conv.start(batch, overall.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
         stats = MemoryStats(nothing, nothing, None, None)
         fresh, seen = jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32)
@@ -175,6 +176,12 @@ class TNTMemory(nnx.Module):
             raise ValueError(
                 f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
                 f"use start({x.shape[0]})"
+            )
+        check_states("TNTMemory", self.convs, state.convs, x.shape[0])
+        if len(state.local) != len(self.local_rules):
+            raise ValueError(
+                f"the state is of a TNTMemory with other local memories: {len(state.local)}, here "
+                f"{len(self.local_rules)}; use start({x.shape[0]})"
             )
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         place = documents.follow(segment_ids, state.segment, state.seen, x.shape[1])

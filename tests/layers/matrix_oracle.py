@@ -183,3 +183,19 @@ def longhorn(p, x, diagonal=False):
     rule = approximate if diagonal else recurrences.longhorn
     y = by_head(rule, q / np.sqrt(q.shape[-1]), k, v, head_gate(p, x))
     return outward(p, normalised(p, y) * silu(gate_of(p, x)))
+
+
+def mesa_net(p, x, ridged=True, decayed=True):
+    """Equation 6 as a regression: all pairs so far, weighted, and the ridge as more rows."""
+    q, k, v = convolved(p, x)
+    q, k, beta = unit(q), unit(k), head_gate(p, x)
+    gamma = sigmoid(x @ p["gates.decay.linear.weight"] + p["gates.decay.linear.bias"])
+    ridge = softplus(p["slow.ridge"]) if ridged else np.ones_like(p["slow.ridge"])
+    y, nothing = np.zeros(v.shape), np.zeros((k.shape[2], v.shape[2]))
+    for t, h in np.ndindex(v.shape[:2]):
+        since = [gamma[i + 1 : t + 1, h].prod() if decayed else 1.0 for i in range(t + 1)]
+        root = np.sqrt(since * beta[: t + 1, h])[:, None]
+        keys = np.concatenate([root * k[: t + 1, h], np.diag(np.sqrt(ridge[h]))])
+        values = np.concatenate([root * v[: t + 1, h], nothing])
+        y[t, h] = q[t, h] @ np.linalg.lstsq(keys, values, rcond=None)[0]
+    return outward(p, normalised(p, y))

@@ -21,7 +21,7 @@ DIM, HEADS, KEY, VALUE = 6, 2, 4, 3
 LONG, TIME = 70, 5  # LONG: more than a tile of the closed form
 NAMES = (
     "linear_attention", "retnet", "gla", "mamba2", "delta_net", "gated_delta_net", "kda",
-    "longhorn",
+    "longhorn", "mesa_net",
 )  # fmt: skip
 # documents of one token, over the edge of a tile, and an id that comes back
 LONG_IDS = np.array(
@@ -56,6 +56,7 @@ CASES = {
     ),
     "kda": case("kda", [{"recurrence": oracle.after_the_step}], {"conv": 3}),
     "longhorn": case("longhorn", [{"diagonal": True}], {"conv": 3}),
+    "mesa_net": case("mesa_net", [{"ridged": False}, {"decayed": False}], {"conv": 3}),
 }
 # options that no builder takes by itself
 MORE = {
@@ -198,7 +199,7 @@ def parts(run, state, x, ids, lengths):
 @float64
 def test_split_anywhere_and_token_by_token(name):
     x, values, run = inputs(TIME), wide(name), layer(name).run
-    start = layer(name).module.start(2)
+    start = nnx.merge(layer(name).graphdef, values).start(2)  # it holds slow weights too
     call = lambda x, state, ids: run(values, jnp.asarray(x), state, ids)  # noqa: E731
     ways = [(1,) * TIME, (TIME,), *((n, TIME - n) for n in range(1, TIME))]
     for ids, given in ((None, None), (None, ONE), (IDS, IDS)):
