@@ -276,3 +276,22 @@ def test_states_of_other_learners_are_refused(of, to, what, form):
     state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
     with pytest.raises(ValueError, match=what):
         form(_rule(learner=to), state, x, x, x, miras.Gates(gate, momentum=gate))
+
+
+@pytest.mark.parametrize("length", [3, 4])
+@float64
+def test_a_prefix_ends_its_chunk(length):
+    """Documents begin behind it with what a memory with chunks of its length has learned."""
+    x = jax.random.normal(jax.random.key(1), (3, 1, length, 1, 3))
+    gate = jnp.full((1, length, 1), 0.5)
+    states = {}
+    for chunk in (4, length):
+        rule = _rule(
+            structure=miras.matrix(1.0), retention=miras.renormalise(),
+            learner=miras.chunk_muon(), chunk=chunk,
+        )  # fmt: skip
+        state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+        _, state = miras.chunkwise(rule, state, *x, miras.Gates(gate, momentum=gate))
+        states[chunk] = miras.begin_from(rule, state, 1)
+    assert_close(states[4].begin, states[length].begin, 1e-12)
+    assert_close(states[4].begin.momentum["rate"], np.zeros(1), 0)
