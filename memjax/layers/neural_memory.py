@@ -92,6 +92,11 @@ class NeuralMemory(nnx.Module):
                 f" bias, retention, learner), got {rule!r}"
             )
         self.rule = miras.zoo.titans() if rule is None else rule
+        if self.rule.learner.exchanges:
+            raise ValueError(
+                f"NeuralMemory has no gates for {self.rule.learner}: use layers.RWKV7, or "
+                "MatrixMemory with gates of your own"
+            )
         self.dim, self.heads, self.head_dim, self.lr_max = dim, heads, head_dim, lr_max
 
         def project() -> Linear:

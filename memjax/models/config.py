@@ -72,6 +72,7 @@ class MemoryConfig:
             ("chunk", "window", "degree", "memories", "active", "shard", "slots"),
         )
         _at_least(self, "memory.", 1, ("heads", "depth", "expansion", "value_dim"), optional=True)
+        self._check_sizes()
         for name in ("norm", "residual"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(
@@ -89,6 +90,26 @@ class MemoryConfig:
             if value not in valid:
                 raise ValueError(f"unknown memory.{name} {value!r}; {nearest(str(value), valid)}")
         self.build()
+
+    def _check_sizes(self):
+        """Raises ValueError where the sizes of "mom" or "tnt" do not go together."""
+        if self.active > self.memories:
+            raise ValueError(
+                f"memory.active {self.active} must be at most memory.memories {self.memories}"
+            )
+        chunks = self.local_chunks
+        if not isinstance(chunks, tuple) or any(
+            not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in chunks
+        ):
+            raise ValueError(
+                "memory.local_chunks must be a tuple of integers of at least 1, () for no local "
+                f"memory, got {chunks!r}"
+            )
+        if any(self.shard % size for size in chunks):
+            raise ValueError(
+                f"memory.shard {self.shard} must be a multiple of each of memory.local_chunks "
+                f"{chunks}"
+            )
 
     def build(self) -> miras.Rule:
         """The rule.
@@ -110,7 +131,14 @@ class MemoryConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
-        """The configuration that `to_dict` wrote; ValueError on an unknown key."""
+        """The configuration that `to_dict` wrote; ValueError on an unknown key.
+
+        Args:
+            values: the fields; the numbers of `local_chunks` may stand in one string, "8,16".
+        """
+        values = dict(values)
+        if "local_chunks" in values:
+            values["local_chunks"] = _numbers(values["local_chunks"])
         return _from_dict(cls, "memory.", values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,6 +314,22 @@ def _split(names: Any) -> Any:
         split = [_split(name) for name in names]
         return tuple(x for name in split for x in (name if isinstance(name, tuple) else (name,)))
     return names
+
+
+def _numbers(given: Any) -> Any:
+    """Integers, some of them in strings with commas, as a tuple; what is none is left as it is."""
+    if isinstance(given, bool) or not isinstance(given, int | str | tuple | list):
+        return given
+    found = []
+    for part in given if isinstance(given, tuple | list) else [given]:
+        words = part.split(",") if isinstance(part, str) else [part]
+        words = [word.strip() if isinstance(word, str) else word for word in words]
+        found += [
+            int(word) if isinstance(word, str) and word.isdecimal() else word
+            for word in words
+            if word != ""
+        ]
+    return tuple(found)
 
 
 def _from_dict(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:

@@ -310,6 +310,7 @@ def test_finite_over_a_long_sequence_in_bfloat16():
         ({"conv": -1}, "conv -1"),
         ({"persistent": -1}, "persistent -1"),
         ({"lr_max": 0.0}, r"lr_max 0\.0 must be above 0"),
+        ({"rule": miras.zoo.rwkv7()}, r"exchange.*layers\.RWKV7"),
     ],
 )
 def test_bad_options_are_named(options, message):

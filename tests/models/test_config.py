@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jaxtyping
 import pytest
 
 from memjax.models import LanguageModelConfig, MemoryConfig, feed_forwards, mixers
@@ -104,6 +105,50 @@ def test_bad_types(field, value, message):
 def test_bad_memory():
     with pytest.raises(ValueError, match=r"memory.chunk must be an integer of at least 1, got 0"):
         MemoryConfig(chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({name: 0}, f"memory.{name} must be an integer of at least 1, got 0")
+            for name in ("window", "degree", "memories", "active", "shard", "slots")
+        ),
+        ({"active": 5}, "memory.active 5 must be at most memory.memories 4"),
+        ({"memories": 1}, "memory.active 2 must be at most memory.memories 1"),
+        ({"local_chunks": (8, 0)}, r"memory.local_chunks must be .* at least 1, .*got \(8, 0\)"),
+        ({"local_chunks": (True,)}, r"memory.local_chunks must be .*got \(True,\)"),
+        ({"local_chunks": (8, 3)}, r"memory.shard 2048 must be a multiple of each .*\(8, 3\)"),
+        ({"shard": 24}, r"memory.shard 24 must be a multiple of each .*\(8, 16\)"),
+    ],
+)
+def test_bad_fields_of_the_memory(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "chunks"),
+    [
+        ([4, 8], (4, 8)),
+        ("4,8", (4, 8)),
+        ("4, 8,", (4, 8)),
+        (("4,8",), (4, 8)),
+        ("8", (8,)),
+        (8, (8,)),
+        ("", ()),
+        ([], ()),
+    ],
+)
+def test_numbers_may_stand_in_one_string(given, chunks):
+    assert MemoryConfig.from_dict({"local_chunks": given}).local_chunks == chunks
+
+
+@pytest.mark.parametrize("given", ["4,x", "four", None, 4.0, "4.5", {"a": 1}, [4, None]])
+def test_what_are_no_numbers_is_named(given, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    with pytest.raises(ValueError, match=r"memory.local_chunks must be a tuple of integers"):
+        MemoryConfig.from_dict({"local_chunks": given})
 
 
 def test_config_is_frozen():

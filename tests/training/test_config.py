@@ -72,6 +72,16 @@ def test_patterns_on_the_command_line(corpus, file, overrides):
     assert run.config["model"]["pattern"] == ("swa", "transformer")
 
 
+@pytest.mark.parametrize("chunks", ["4,8", "(4, 8)", "'4,8'"])
+def test_numbers_on_the_command_line(corpus, chunks):
+    """Also beside a list in the file; () is no local memory."""
+    values = helpers.config(corpus, model={"memory": {"local_chunks": [2], "shard": 16}})
+    name = "--config.model.memory.local_chunks"
+    for flag, found in ((chunks, (4, 8)), ("4", (4,)), ("()", ())):
+        run = run_lib.build(given(config_lib.complete(values), f"{name}={flag}"))
+        assert run.model.memory.local_chunks == found
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
