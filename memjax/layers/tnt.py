@@ -46,8 +46,8 @@ class TNTMemory(nnx.Module):
 
     The global memory changes once in `chunk` tokens; local memory i takes its gradients every
     `local_chunks[i]` tokens and begins anew, from weights of its own that are learned, every
-    `shard` tokens of a document. So shards depend on each other through the global memory alone,
-    which is cheap, and a row is as parallel as it has shards.
+    `shard` tokens of a document. So shards depend on each other through the global memory alone.
+    A row is read in order here; its shards are not spread over devices.
 
     Stage 1 trains with chunks that the hardware likes. Stage 2 goes on for a few steps with smaller
     `local_chunks`: the parameters are the same, so a checkpoint of the one is one of the other (and

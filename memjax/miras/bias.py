@@ -25,7 +25,7 @@ class Bias:
     needs_threshold = False
 
     def loss(self, y: Float[Array, "*N V"], v: Float[Array, "*N V"], *more) -> Float[Array, "*N"]:
-        raise TypeError("Bias is the interface: use l2() or dot(), or define loss")
+        raise TypeError("Bias is the interface: use l2(), huber() or another, or define loss")
 
     def signal(
         self, y: Float[Array, "*N V"], v: Float[Array, "*N V"], *more

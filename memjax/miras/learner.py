@@ -42,7 +42,7 @@ class Learner:
 
     def start(self, weights: PyTree) -> PyTree:
         """The momentum before the first token: () or a tree whose leaves are like the weights'."""
-        raise TypeError("Learner is the interface: use gd() or momentum()")
+        raise TypeError("Learner is the interface: use gd(), momentum() or another")
 
     def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
         """`update` of many tokens, for a learner that `closes`.
@@ -62,7 +62,7 @@ class Learner:
         self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
     ) -> tuple[PyTree, PyTree]:
         """One token: (new momentum, what is added to the weights)."""
-        raise TypeError("Learner is the interface: use gd() or momentum()")
+        raise TypeError("Learner is the interface: use gd(), momentum() or another")
 
     def response(
         self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
@@ -74,7 +74,7 @@ class Learner:
             same: same[i, j] where tokens i and j belong to one document.
             first: the first token of each document.
         """
-        raise TypeError("Learner is the interface: use gd() or momentum()")
+        raise TypeError("Learner is the interface: use gd(), momentum() or another")
 
 
 @dataclasses.dataclass(frozen=True)

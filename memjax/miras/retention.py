@@ -32,7 +32,7 @@ class Retention:
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         """The factors `a_t` of these gates; None stands for 1."""
-        raise TypeError("Retention is the interface: use decay() or none()")
+        raise TypeError("Retention is the interface: use decay(), lq() or another")
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         """The weights W of what was accumulated, matrix by matrix."""

@@ -31,7 +31,8 @@ class MemoryConfig:
         heads: number of memories side by side; None takes the heads of the model.
         depth, expansion, norm, residual: the memory network, see `memjax.miras.mlp`; None takes
             what the rule has, and a rule that fixes one takes nothing else.
-        chunk: tokens between two updates of the weights that gradients are taken at.
+        chunk: tokens between two updates of the weights that gradients are taken at; None takes
+            what the rule has: 64, for TTT 16, for LaCT and TNT 2048.
         window, degree: tokens that are learned together and degree of the features, for the rules
             that have them: ATLAS and its kin.
         memories, active: of the mixer "mom": memories that are routed to, and how many a token
@@ -51,7 +52,7 @@ class MemoryConfig:
     expansion: int | None = None
     norm: bool | None = None
     residual: bool | None = None
-    chunk: int = 64
+    chunk: int | None = None
     window: int = 4
     degree: int = 2
     memories: int = 4
@@ -69,9 +70,10 @@ class MemoryConfig:
             self,
             "memory.",
             1,
-            ("chunk", "window", "degree", "memories", "active", "shard", "slots"),
+            ("window", "degree", "memories", "active", "shard", "slots"),
         )
-        _at_least(self, "memory.", 1, ("heads", "depth", "expansion", "value_dim"), optional=True)
+        sizes = ("heads", "depth", "expansion", "chunk", "value_dim")
+        _at_least(self, "memory.", 1, sizes, optional=True)
         self._check_sizes()
         for name in ("norm", "residual"):
             if getattr(self, name) not in (True, False, None):
@@ -120,7 +122,9 @@ class MemoryConfig:
         make = RULES[self.rule]
         options = inspect.signature(make).parameters
         given = {name: getattr(self, name) for name in ("chunk", "window", "degree")}
-        given = {name: value for name, value in given.items() if name in options}
+        given = {
+            name: value for name, value in given.items() if name in options and value is not None
+        }
         for name in ("depth", "expansion", "norm", "residual"):
             if getattr(self, name) is None:
                 continue
@@ -230,6 +234,8 @@ class LanguageModelConfig:
                 f"pattern must be a tuple of at least one mixer name, got {self.pattern!r}"
             )
         for name in self.pattern:
+            if name in RULES:
+                self._check_named(name)
             mixers.registry.check(name)
         if self.layers % len(self.pattern):
             raise ValueError(
@@ -245,6 +251,13 @@ class LanguageModelConfig:
             )
         for name in self.feed_forwards:
             feed_forwards.registry.check(name)
+
+    def _check_named(self, rule: str) -> None:
+        """Raises ValueError where a block that bears a rule's name cannot have these fields."""
+        try:
+            dataclasses.replace(self.memory, rule=rule)
+        except ValueError as error:
+            raise ValueError(f"pattern has the block {rule!r}: {error}") from error
 
     @property
     def repeats(self) -> int:

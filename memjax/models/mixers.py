@@ -248,7 +248,7 @@ def tnt(config, rngs: nnx.Rngs) -> TNTMemory:
         config.dim,
         heads,
         config.head_dim if heads == config.heads else None,
-        chunk=memory.chunk,
+        chunk=2048 if memory.chunk is None else memory.chunk,
         local_chunks=memory.local_chunks,
         shard=memory.shard,
         expansion=4 if memory.expansion is None else memory.expansion,

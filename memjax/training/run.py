@@ -89,6 +89,9 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be continued by this run."""
         fields = config_lib.plain(self.model)
+        # TNT's stage 2 goes on with other chunks of the local memories; how many there are is seen
+        # in the parameters.
+        del fields["memory"]["local_chunks"]
         return {
             "model": {name: value for name, value in fields.items() if name not in FREE},
             "data": {"tokenizer": self.tokenizer.name},

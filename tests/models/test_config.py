@@ -103,8 +103,20 @@ def test_bad_types(field, value, message):
 
 
 def test_bad_memory():
-    with pytest.raises(ValueError, match=r"memory.chunk must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"memory.chunk must be .* at least 1 or None, got 0"):
         MemoryConfig(chunk=0)
+
+
+def test_a_chunk_of_none_is_that_of_the_rule():
+    chunks = {"titans": 64, "ttt_mlp": 16, "lact": 2048}
+    for rule, chunk in chunks.items():
+        assert MemoryConfig(rule=rule).build().chunk == chunk
+        assert MemoryConfig(rule=rule, chunk=8).build().chunk == 8
+
+
+def test_a_block_that_bears_the_name_of_a_rule_is_checked_with_its_memory():
+    with pytest.raises(ValueError, match=r"block .atlas.: memory\.depth is fixed by the rule"):
+        config_of(pattern=("atlas",), memory=MemoryConfig(depth=3))
 
 
 @pytest.mark.parametrize(

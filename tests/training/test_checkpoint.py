@@ -11,6 +11,7 @@ from memjax.evaluation.placement import place
 from memjax.training import checkpoint
 from memjax.training import run as run_lib
 from memjax.training import step as step_lib
+from memjax.training.arrays import flatten
 from memjax.training.checkpoint import Checkpoints, MismatchError
 from memjax.training.metrics import NonFiniteError
 from tests.training import helpers
@@ -108,6 +109,23 @@ def test_a_checkpoint_of_another_model_is_refused(saved, corpus, sections, messa
     with pytest.raises(MismatchError, match=message):
         checkpoints.restore(other.abstract_state, on_damage="previous")
     assert checkpoints.steps() == [1, 2]
+
+
+def test_the_second_stage_of_tnt_goes_on_from_the_first(corpus):
+    """Its local memories have other chunks and the same parameters; another number is refused."""
+
+    def built(*chunks):
+        memory = {"local_chunks": chunks, "shard": 8, "chunk": 8, "expansion": 1}
+        return run_lib.build(helpers.config(corpus, model={"pattern": ("tnt",), "memory": memory}))
+
+    first, second, other = built(4, 8), built(1, 2), built(2)
+    assert first.identity == second.identity
+    shapes = [
+        sorted((name, x.shape) for name, x in flatten(run.shapes).items())
+        for run in (first, second, other)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0] != shapes[2]
 
 
 @pytest.mark.parametrize("vocab", [384, 640])

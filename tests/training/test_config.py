@@ -16,7 +16,7 @@ def test_complete_writes_every_default():
     assert config.train.warmup == 100
     assert config.mesh.data == -1
     assert config.data.tokenizer == "byte"
-    assert config.model.memory.chunk == 64
+    assert config.model.memory.lr_max == 0.1
     assert config.seed == 0
 
 
