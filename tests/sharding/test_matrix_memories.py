@@ -1,4 +1,4 @@
-"""Matrix memories on a mesh: values and gradients of one device, in float64."""
+"""Memories on a mesh: values and gradients of one device, in float64."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from memjax import sharding
-from memjax.layers import matrix_memory
+from memjax.layers import RWKV7, MixtureOfMemories, TNTMemory, matrix_memory
 from tests.contracts.scenes import float64
 
 DIM, HEADS, BATCH, TIME = 8, 4, 4, 4
@@ -20,9 +20,22 @@ MESHES = {
 BUILDERS = {
     "linear_attention": {}, "retnet": {}, "gla": {}, "mamba2": {"conv": 3},
     "delta_net": {"conv": 3}, "gated_delta_net": {"conv": 3}, "kda": {"conv": 3},
-    "longhorn": {"conv": 3},
+    "longhorn": {"conv": 3}, "mesa_net": {"conv": 3},
 }  # fmt: skip
-WHERE = [(name, "mixed") for name in BUILDERS] + [("mamba2", "heads"), ("delta_net", "heads")]
+LAYERS = {
+    "rwkv7": lambda: RWKV7(DIM, HEADS, 2, rngs=nnx.Rngs(0)),
+    "mom": lambda: MixtureOfMemories(DIM, HEADS, 2, memories=2, active=1, conv=3, rngs=nnx.Rngs(0)),
+    "tnt": lambda: TNTMemory(
+        DIM, HEADS, 2, chunk=2, local_chunks=(1,), shard=2, expansion=2, conv=3, rngs=nnx.Rngs(0)
+    ),
+    **{
+        name: lambda name=name, options=options: getattr(matrix_memory, name)(
+            DIM, HEADS, 2, 3, **options, rngs=nnx.Rngs(0)
+        )
+        for name, options in BUILDERS.items()
+    },
+}
+WHERE = [(name, "mixed") for name in LAYERS] + [("mamba2", "heads"), ("delta_net", "heads")]
 
 
 def inputs():
@@ -34,8 +47,7 @@ def inputs():
 @functools.cache
 def on_one_device(name):
     """A function of (parameters, x, ids), random parameters, and what one device makes of them."""
-    builder, options = getattr(matrix_memory, name), BUILDERS[name]
-    module = nnx.eval_shape(lambda: builder(DIM, HEADS, 2, 3, **options, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(LAYERS[name])
     graphdef, shapes = nnx.split(module, nnx.Param)
     random = np.random.default_rng(1)
     params = jax.tree.map(lambda w: jnp.asarray(0.6 * random.normal(size=w.shape)), shapes)
@@ -77,13 +89,15 @@ def test_values_and_gradients_are_those_of_one_device(name, layout):
     sharded = on_mesh(run, params, mesh)
     jax.tree.map(close, sharded, alone)
     gradients, fsdp, heads = sharded[0][0], mesh.shape["fsdp"], HEADS // mesh.shape["tensor"]
-    assert held(gradients["value"]["weight"].get_value()) == (DIM // fsdp, heads, 3)
+    heads, size = (3 if name == "mom" else 1) * heads, 3 if name in BUILDERS else 2
+    assert held(gradients["value"]["weight"].get_value()) == (DIM // fsdp, heads, size)
     # the one head of keys that Mamba-2's memories share is whole on every device
     shared = 1 if name == "mamba2" else heads
     assert held(gradients["key"]["weight"].get_value()) == (DIM // fsdp, shared, 2)
     _, state = sharded[1]
     rows = BATCH // (fsdp * mesh.shape["data"])
-    assert held(state.memory.weights[0])[:2] == (rows, heads)
+    memory = state.overall if name == "tnt" else state.memory
+    assert held(memory.weights[0])[:2] == (rows, heads)
     if layout == "heads":  # the comparison can fail: one parameter, a millionth off, is seen
         changed = jax.tree.map(lambda leaf: leaf, params)
         changed["key"]["weight"] = jax.tree.map(
