@@ -1,11 +1,13 @@
-"""Trains MAC, MAG, MAL, LMM and Transformer at equal parameters, several seeds, and tabulates them.
+"""Trains the variants of a config with several seeds, and tabulates them.
 
   python experiments/compare.py
-  python experiments/compare.py --blocks=mac,transformer --seeds=0,1 --smoke
+  python experiments/compare.py --variants=mac,transformer --seeds=0,1 --smoke
+  python experiments/compare.py --config=configs/ablation.py --variants=full,linear,no_conv
 
-Each run is one of configs/compare.py in a directory of its own; a run that is there already is
-not repeated, and one that was stopped goes on where it was. The table goes to standard output, and
-with every figure to compare.json beside the runs.
+By default MAC, MAG, MAL, LMM and Transformer at equal parameters, configs/compare.py. Each run has
+a directory of its own; a run that is there already is not repeated, and one that was stopped goes
+on where it was. The table goes to standard output, and with every figure to compare.json beside the
+runs.
 """
 
 import json
@@ -17,25 +19,26 @@ from absl import flags
 from memjax import training
 from memjax.training import cli, loop
 
-CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "compare.py"
-BLOCKS = flags.DEFINE_list(
-    "blocks", "mac,mag,mal,lmm,transformer", "variants of configs/compare.py"
+HERE = pathlib.Path(__file__).resolve().parent.parent / "configs" / "compare.py"
+CONFIG = flags.DEFINE_string("config", str(HERE), "a config file with variants")
+VARIANTS = flags.DEFINE_list("variants", "mac,mag,mal,lmm,transformer", "which of them")
+SEEDS = flags.DEFINE_list("seeds", "0,1,2", "one run of each variant for each")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of the runs (default: runs/ and the name of the config)"
 )
-SEEDS = flags.DEFINE_list("seeds", "0,1,2", "one run of each block for each")
-WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "directory of the runs")
 SMOKE = flags.DEFINE_bool("smoke", False, "runs of seconds, to see that everything works")
 
 
 def main() -> int:
-    root = pathlib.Path(WORKDIR.value)
+    root = pathlib.Path(WORKDIR.value or f"runs/{pathlib.Path(CONFIG.value).stem}")
     cli.use_compilation_cache(str(root))
     rows = []
-    for block in BLOCKS.value:
+    for variant in VARIANTS.value:
         for seed in SEEDS.value:
-            config = cli.load_config(f"{CONFIG}:{block}{'_smoke' if SMOKE.value else ''}")
+            config = cli.load_config(f"{CONFIG.value}:{variant}{'_smoke' if SMOKE.value else ''}")
             config.seed = int(seed)
-            workdir = str(root / f"{block}-{seed}")
-            print(f"== {block}, seed {seed}", flush=True)
+            workdir = str(root / f"{variant}-{seed}")
+            print(f"== {variant}, seed {seed}", flush=True)
             summary = training.train(config, workdir)
             if summary.stopped != "finished":
                 print(f"stopped by {summary.stopped}; run the same command again to go on")
@@ -43,21 +46,21 @@ def main() -> int:
             run, _, params = training.load(workdir)
             rows.append(
                 {
-                    "block": block,
+                    "variant": variant,
                     "seed": int(seed),
                     "parameters": run.parameters,
                     "bits_per_byte": float(loop.evaluate(run, params).bits_per_byte),
                 }
             )
     (root / "compare.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n| block | parameters | held-out bits per byte, mean | of each seed |")
+    print("\n| variant | parameters | held-out bits per byte, mean | of each seed |")
     print("|---|---|---|---|")
-    for block in BLOCKS.value:
-        of_block = [row for row in rows if row["block"] == block]
-        values = [row["bits_per_byte"] for row in of_block]
+    for variant in VARIANTS.value:
+        of_variant = [row for row in rows if row["variant"] == variant]
+        values = [row["bits_per_byte"] for row in of_variant]
         each = ", ".join(f"{value:.3f}" for value in values)
         mean = statistics.mean(values)
-        print(f"| {block} | {of_block[0]['parameters']:,} | {mean:.3f} | {each} |")
+        print(f"| {variant} | {of_variant[0]['parameters']:,} | {mean:.3f} | {each} |")
     return 0
 
 

@@ -1,5 +1,7 @@
 """The zoo: published memories as rules, a few lines each."""
 
+from memjax.miras import learner as learners
+from memjax.miras import retention as retentions
 from memjax.miras.bias import dot, huber, l2, lp
 from memjax.miras.features import Features, polynomial, taylor_exp
 from memjax.miras.learner import (
@@ -7,7 +9,6 @@ from memjax.miras.learner import (
     exchange,
     gd,
     implicit,
-    momentum,
     muon,
     normal_equations,
     omega,
@@ -24,6 +25,8 @@ def titans(
     activation: str = "gelu",
     norm: bool = True,
     residual: bool = True,
+    momentum: bool = True,
+    decay: bool = True,
     chunk: int = 64,
     read: str = "after",
 ) -> Rule:
@@ -36,6 +39,7 @@ def titans(
 
     Args:
         depth, expansion, activation, norm, residual: the memory network, see `structure.mlp`.
+        momentum, decay: False leaves out S's past, e_t = 0, or what is forgotten, a_t = 1.
         chunk: tokens that share their gradients' weights.
         read: "after" (the paper's y_t = M(q_t; W_t)) or "before" the write.
     Source: Titans (arXiv:2501.00663), equations 9 to 15.
@@ -43,7 +47,9 @@ def titans(
     structure = mlp(
         depth=depth, expansion=expansion, activation=activation, norm=norm, residual=residual
     )
-    return Rule(structure, l2(), decay(), momentum(), chunk=chunk, read=read)
+    retention = retentions.decay() if decay else none()
+    learner = learners.momentum() if momentum else gd()
+    return Rule(structure, l2(), retention, learner, chunk=chunk, read=read)
 
 
 def ttt_linear(*, chunk: int = 16) -> Rule:

@@ -31,6 +31,7 @@ class MemoryConfig:
         heads: number of memories side by side; None takes the heads of the model.
         depth, expansion, norm, residual: the memory network, see `memjax.miras.mlp`; None takes
             what the rule has, and a rule that fixes one takes nothing else.
+        momentum, decay: False leaves it out of the rule "titans"; None takes what the rule has.
         chunk: tokens between two updates of the weights that gradients are taken at; None takes
             what the rule has: 64, for TTT 16, for LaCT and TNT 2048.
         window, degree: tokens that are learned together and degree of the features, for the rules
@@ -52,6 +53,8 @@ class MemoryConfig:
     expansion: int | None = None
     norm: bool | None = None
     residual: bool | None = None
+    momentum: bool | None = None
+    decay: bool | None = None
     chunk: int | None = None
     window: int = 4
     degree: int = 2
@@ -75,7 +78,7 @@ class MemoryConfig:
         sizes = ("heads", "depth", "expansion", "chunk", "value_dim")
         _at_least(self, "memory.", 1, sizes, optional=True)
         self._check_sizes()
-        for name in ("norm", "residual"):
+        for name in ("norm", "residual", "momentum", "decay"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(
                     f"memory.{name} must be True, False or None, got {getattr(self, name)!r}"
@@ -125,7 +128,7 @@ class MemoryConfig:
         given = {
             name: value for name, value in given.items() if name in options and value is not None
         }
-        for name in ("depth", "expansion", "norm", "residual"):
+        for name in ("depth", "expansion", "norm", "residual", "momentum", "decay"):
             if getattr(self, name) is None:
                 continue
             if name not in options:

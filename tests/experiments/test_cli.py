@@ -130,13 +130,38 @@ def test_overrides_need_a_file():
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart.py:smoke", "titans.py:smoke", "compare.py:smoke", "quickstart.py"]
+    "name",
+    [
+        "quickstart.py:smoke",
+        "titans.py:smoke",
+        "compare.py:smoke",
+        "ablation.py:smoke",
+        "quickstart.py",
+    ],
 )
 def test_configs_describe_runs(name):
     run = run_lib.build(cli.load_config(str(CONFIGS / name)))
     assert run.parameters > 0
     assert run.model.vocab == 384
     assert run.abstract_state.params is not None
+
+
+def test_every_ablation_takes_a_part_away():
+    """Each variant is built, and differs from the full one in what its name says."""
+    names = ("full", "linear", "no_conv", "no_momentum", "no_decay", "no_persistent")
+    models = {
+        name: run_lib.build(cli.load_config(f"{CONFIGS / 'ablation.py'}:{name}_smoke")).model
+        for name in names
+    }
+    rules = {name: model.memory.build() for name, model in models.items()}
+    assert [name for name, rule in rules.items() if rule == rules["full"]] == [
+        "full", "no_conv", "no_persistent"
+    ]  # fmt: skip
+    assert rules["linear"].structure.depth == 1
+    assert not rules["no_momentum"].learner.needs_momentum
+    assert not rules["no_decay"].retention.needs_retain
+    assert models["no_conv"].conv == 0 < models["full"].conv
+    assert models["no_persistent"].persistent == 0 < models["full"].persistent
 
 
 def test_compared_models_have_equal_parameters():

@@ -1,0 +1,56 @@
+r"""The Titans ablation in miniature: the memory without each of its parts, on the embedded corpus.
+
+What:     the paper's ablation, of the long-term memory alone (LMM), in configs/compare.py's sizes:
+          in turn a linear memory, no convolution, momentum, decay, or persistent tokens.
+Command:  python experiments/compare.py --config=configs/ablation.py \
+              --variants=full,linear,no_conv,no_momentum,no_decay,no_persistent
+Hardware: two CPU cores, a few minutes for each run.
+Result:   not run in full yet: no number is claimed. The paper's perplexities: 27.01 in full, 28.49
+          linear, 28.73 no convolution, 28.98 no momentum, 29.04 no decay.
+
+Variants: those of the command, and each with `_smoke` for a run of seconds; `:smoke` is
+`:full_smoke`. Parameters are not made equal: each variant is the full one less a part, and the
+feed-forward layers stay as they are.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+from memjax.training import complete
+
+VARIANTS = {
+    "full": {},
+    "linear": {"memory": {"depth": 1, "expansion": None}},
+    "no_conv": {"conv": 0},
+    "no_momentum": {"memory": {"momentum": False}},
+    "no_decay": {"memory": {"decay": False}},
+    "no_persistent": {"persistent": 0},
+}
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    name = "full_smoke" if variant == "smoke" else variant
+    smoke = name.endswith("_smoke")
+    name = name.removesuffix("_smoke")
+    if name not in VARIANTS:
+        raise ValueError(
+            f"configs/ablation.py has no variant {variant!r}; there are {', '.join(VARIANTS)}, each"
+            " also with _smoke"
+        )
+    config = _compared().get_config("lmm_smoke" if smoke else "lmm").to_dict()
+    changes = dict(VARIANTS[name])
+    config["model"]["memory"] |= changes.pop("memory", {})
+    config["model"] |= changes
+    config["workdir"] = f"runs/ablation/{name}{'-smoke' if smoke else ''}"
+    return complete(config)
+
+
+def _compared():
+    """configs/compare.py, which has the sizes."""
+    path = pathlib.Path(__file__).with_name("compare.py")
+    spec = importlib.util.spec_from_file_location("compared_blocks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
