@@ -18,6 +18,10 @@ def make(name):
     rngs = nnx.Rngs(0)
     return {
         "head": lambda: gates.GateHead(DIM, HEADS, initial=0.2, rngs=rngs),
+        "head by channel": lambda: gates.GateHead(
+            DIM, HEADS, channels=CHANNELS, initial=0.2, rngs=rngs
+        ),
+        "threshold": lambda: gates.ThresholdHead(DIM, HEADS, rngs=rngs),
         "softplus": lambda: gates.SoftplusDecay(DIM, HEADS, rngs=rngs),
         "softplus by channel": lambda: gates.SoftplusDecay(
             DIM, HEADS, channels=CHANNELS, rank=2, rngs=rngs
@@ -46,6 +50,8 @@ def rate_and_decay(step, rate):
 # each gate of x [B, T, E], from the parameters by name
 FORMULAS = {
     "head": lambda p, x: sigmoid(into(x, p["linear.weight"]) + p["linear.bias"]),
+    "head by channel": lambda p, x: sigmoid(into(x, p["linear.weight"]) + p["linear.bias"]),
+    "threshold": lambda p, x: softplus(into(x, p["linear.weight"]) + p["linear.bias"]),
     "softplus": lambda p, x: np.exp(
         -np.exp(p["log_rate"]) * softplus(into(x, p["rates.up.weight"]) + p["offset"])
     ),
@@ -105,7 +111,7 @@ def test_stays_in_its_range(name, scale):
     assert np.isfinite(y).all()
     assert (y >= 0).all()
     bounded = y[1] if name == "step" else y
-    assert (bounded <= 1).all()
+    assert (bounded <= 1).all() or name == "threshold"
     assert bounded.min() < bounded.max()
     graphdef, values = nnx.split(module, nnx.Param)
     gradient = jax.grad(lambda values: outputs(name, nnx.merge(graphdef, values), x).sum())
@@ -123,6 +129,12 @@ def test_fp32_whatever_the_input_is(name):
 
 
 NOTHING = jnp.zeros((1, 1, DIM))
+
+
+def test_a_threshold_starts_at_one():
+    module = gates.ThresholdHead(DIM, 64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(module(NOTHING), np.ones((1, 1, 64)), rtol=1e-6)
+    assert abs(float(module.linear.weight[...].std()) - 0.1 * DIM**-0.5) < 0.01
 
 
 @pytest.mark.parametrize("initial", [0.1, 0.5, 0.999])
@@ -176,7 +188,8 @@ def test_gating_puts_a_rate_and_a_decay_together():
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_every_parameter_names_its_axes(name):
-    shapes = {"heads": HEADS, "kv": CHANNELS, "embed": DIM, None: 2}
+    unnamed = CHANNELS if name == "head by channel" else 2
+    shapes = {"heads": HEADS, "kv": CHANNELS, "embed": DIM, None: unnamed}
     for path, p in nnx.to_flat_state(nnx.state(make(name), nnx.Param)):
         assert p.shape == tuple(shapes[axis] for axis in p.axes), path
         assert p.dtype == jnp.float32

@@ -32,6 +32,31 @@ CASES = {
         engine.Rule(2, norm=True, residual=True, momentum=False),
         {"persistent": 5, "conv": 2},
     ),
+    "yaad": (
+        miras.zoo.yaad(chunk=3, expansion=2),
+        engine.Rule(3, norm=True, residual=True, momentum=False, bias="huber switch"),
+        {"persistent": 2, "conv": 2},
+    ),
+    "atlas": (
+        miras.zoo.atlas(chunk=3, window=3, degree=2, expansion=2),
+        engine.Rule(
+            3, norm=True, residual=True, learner="muon", window=3, features=("polynomial", 2)
+        ),
+        {"conv": 2},
+    ),
+    "lact": (
+        miras.zoo.lact(chunk=3),
+        engine.Rule(
+            3,
+            structure="gated_mlp",
+            activation="silu",
+            bias="dot",
+            retention="renormalise",
+            learner="by chunk",
+            read="chunk",
+        ),
+        {"conv": 0},
+    ),
 }
 
 
@@ -92,6 +117,8 @@ def parameters(module, rule):
         persistent=param(module.persistent),
         lr_max=module.lr_max,
         rule=rule,
+        threshold=gate(module.threshold),
+        window=gate(module.window),
     )
 
 
@@ -110,19 +137,26 @@ def faults(p):
     """The oracle with one thing changed, for everything the layer is made of."""
     changed = {
         "chunk": {"rule": replace(p.rule, chunk=p.rule.chunk + 1)},
-        "rate": {"lr_max": 1.1 * p.lr_max},
+        "rates": {"lr": (1.5 * p.lr[0], p.lr[1])},
         "norm": {"norm": p.norm[::-1]},
         "heads": {"out": p.out[::-1]},
         "gate": {"gate": 1.01 * p.gate},
         "value": {"value": 1.01 * p.value},
         "swapped": {"query": p.key, "key": p.query},
     }
+    if p.rule.learner != "by chunk":  # that is blind to what all rates share
+        changed["rate"] = {"lr_max": 1.1 * p.lr_max}
     if p.convs:
         changed["convolution"] = {"convs": tuple(c[::-1] for c in p.convs)}
     if p.retain:
         changed["retain"] = {"retain": (p.retain[0], p.retain[1] + 0.1)}
     if p.momentum:
         changed["momentum"] = {"momentum": (p.momentum[0], p.momentum[1] + 0.1)}
+    if p.threshold:
+        changed["threshold"] = {"threshold": (p.threshold[0], p.threshold[1] + 0.3)}
+    if p.window:
+        changed["shares"] = {"window": (p.window[0], p.window[1] - 0.5)}
+        changed["window"] = {"rule": replace(p.rule, window=p.rule.window - 1)}
     if p.persistent is not None:
         changed["prefix"] = {"persistent": p.persistent[1:]}
         changed["order of the prefix"] = {"persistent": p.persistent[::-1]}

@@ -36,6 +36,8 @@ class Memory:
     persistent: np.ndarray | None  # [P, E]
     lr_max: float
     rule: engine.Rule
+    threshold: tuple | None = None  # weight [E, H] and offset [H]
+    window: tuple | None = None  # weight [E, H, c] and offset [H, c]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def heads_of(x, weight):
 def begin(p: Memory) -> Running:
     """Before the first token of a document: the persistent tokens are read, the chunk is new."""
     size = p.query.shape[1] * p.query.shape[2]
-    still = Running((np.zeros((0, size)),) * 3, engine.start(p.rule, p.fast, p.slow, 1))
+    state = engine.start(p.rule, p.fast, p.slow, 1, key=p.query.shape[2])
+    still = Running((np.zeros((0, size)),) * 3, state)
     if p.persistent is None:
         return still
     read = write(p, still, p.persistent)[1].state
@@ -133,10 +136,16 @@ def read_and_write(p: Memory, running: Running, x):
     """Answers [T, H, D], losses [T, H] and what runs on, token by token over x [T, E]."""
     (q, k, v), inputs = queries_keys_values(p, running, x)
 
-    def gate(pair, most=1.0):
-        return None if pair is None else most * sigmoid(x @ pair[0] + pair[1])[None]
+    def gate(pair, most=1.0, bound=sigmoid):
+        return None if pair is None else most * bound(np.tensordot(x, pair[0], 1) + pair[1])[None]
 
-    gates = engine.Gates(gate(p.lr, p.lr_max), gate(p.momentum), gate(p.retain))
+    gates = engine.Gates(
+        gate(p.lr, p.lr_max),
+        gate(p.momentum),
+        gate(p.retain),
+        threshold=gate(p.threshold, bound=lambda z: np.logaddexp(0, z)),
+        window=gate(p.window),
+    )
     m, loss, state = engine.run(p.rule, running.state, q[None], k[None], v[None], gates)
     return m[0], loss[0], Running(inputs, state)
 
