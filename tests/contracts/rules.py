@@ -382,5 +382,5 @@ BY_NAME = {case.name: case for case in CASES}
 FEW = tuple(
     BY_NAME[name]
     for name in ("matrix_before", "titans", "ttt_linear", "gated_delta_net", "kda_before",
-                 "channelwise_delta", "gated_linear_attention", "mlp_first", "atlas", "lact")
+                 "mlp_first", "atlas", "lact")
 )  # fmt: skip
