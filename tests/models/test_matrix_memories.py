@@ -12,7 +12,7 @@ from tests.models.toys import call, config_of, loss_and_grad, model_of, tokens_o
 
 NAMES = (
     "linear_attention", "retnet", "gla", "mamba2", "delta_net", "gated_delta_net", "kda",
-    "longhorn",
+    "longhorn", "mesa_net",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_reports_what_there_is(name):
     model = nnx.eval_shape(lambda: model_of(**small(name)))
     reported = jax.eval_shape(lambda m, t: statistics(m(t)[1]), model, tokens_of())
     fields = {key.removeprefix("layer_01/") for key in reported if key.startswith("layer_01/")}
-    decays = name in ("retnet", "gla", "mamba2", "gated_delta_net", "kda")
-    predicts = name in ("delta_net", "gated_delta_net", "kda", "longhorn")
+    decays = name in ("retnet", "gla", "mamba2", "gated_delta_net", "kda", "mesa_net")
+    predicts = name in ("delta_net", "gated_delta_net", "kda", "longhorn", "mesa_net")
     wanted = {"lr": True, "retain": decays, "surprise": predicts}
     assert fields == {field for field, there in wanted.items() if there}
