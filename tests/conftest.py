@@ -1,5 +1,6 @@
 """Test-wide settings: eight simulated devices, checked shapes, a persistent compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -24,8 +25,29 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+# A process may have some 65,000 memory mappings (vm.max_map_count), and each compiled program takes
+# several: past that, mmap fails inside LLVM and the process dies. Let go of them long before.
+MAPPINGS = 16_000
+
+
+def _mappings() -> int:
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:  # not Linux
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Forgets the compiled programs after a test that leaves too many of them."""
+    yield
+    if _mappings() > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Lets go of a module's programs: a process may map only so many pieces of code at once."""
+    """Forgets a module's compiled programs: the next module has its own."""
     yield
     jax.clear_caches()
