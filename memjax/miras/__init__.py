@@ -15,6 +15,7 @@ from memjax.miras.forms.recurrent import read, recurrent, step
 from memjax.miras.learner import (
     Learner,
     chunk_muon,
+    delta_gd,
     delta_momentum,
     exchange,
     gd,
@@ -30,8 +31,8 @@ from memjax.miras.structure import Structure, Weights, gated_mlp, least_squares,
 
 __all__ = [
     "Begin", "Bias", "Features", "Gates", "Learner", "Pairs", "Retention", "Rule", "State",
-    "Structure", "Weights", "begin_from", "chunk_muon", "chunkwise", "decay", "delta_momentum",
-    "dot", "dpfp", "elastic_net", "elu1", "exchange", "gated_mlp", "gd", "huber", "implicit", "l2",
+    "Structure", "Weights", "begin_from", "chunk_muon", "chunkwise", "decay", "delta_gd",
+    "delta_momentum", "dot", "dpfp", "elastic_net", "elu1", "exchange", "gated_mlp", "gd", "huber", "implicit", "l2",
     "least_squares", "lp", "lq", "matrix", "mlp", "momentum", "muon", "none", "normal_equations",
     "omega", "polynomial", "read", "recurrent",
     "renormalise", "robust", "simplex", "start", "step", "surprise", "taylor_exp", "trace",

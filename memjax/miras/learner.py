@@ -18,7 +18,7 @@ from memjax.miras.bias import Bias, l2
 from memjax.miras.newton_schulz import orthogonal
 from memjax.miras.products import prefix_products, segment_products
 from memjax.miras.retention import Retention
-from memjax.miras.structure import Structure, least_squares, matrix
+from memjax.miras.structure import Structure, least_squares, matrix, vector
 from memjax.typing import Array, Bool, Float, PyTree
 
 
@@ -30,6 +30,7 @@ class Learner:
     linear = True  # whether the change is linear in the gradients, and `response` there
     closes = False  # whether the weights change at the ends of chunks only
     exchanges = False  # whether it erases along one key and writes along another: `Gates.write`
+    erases = False  # whether each linear map also erases what it holds along its input
     solves = False  # whether what is read is the solution of a system that it keeps
     window = 1  # tokens whose gradients a token takes, itself the last
 
@@ -93,6 +94,32 @@ class gd(Learner):
         self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
     ) -> tuple[None, None]:
         return None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class delta_gd(gd):
+    """Delta gradient descent: every linear map also erases what it gives for the token's input.
+
+        W_t = W_{t-1} (a_t I - lr_t z_t z_t^T) - lr_t g_t         (in columns; here rows are z)
+
+    with z_t the input of the map for key k_t at W', where the gradient g_t is taken: the key itself
+    for the first map, what the layer before gives for the next. It is the step on
+    `1/2 ||W z - u||^2`, u the negative derivative at the map's output, in the place of `-<W z, u>`
+    whose step is gradient descent. Stable where `lr ||z||^2 < 2`. Needs linear maps of the key (not
+    `vector`), and `none()` or `decay()` when the token is added.
+
+    Source: nested learning (arXiv:2512.24695), equations 56, 57 and 88.
+    """
+
+    erases = True
+
+    def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
+        plain = retention.linear and not retention.closes and not retention.first
+        if isinstance(structure, vector) or not plain:
+            raise ValueError(
+                "delta_gd() erases along the input of each linear map, beside none() or decay() "
+                f'before the "update": it is not there for {structure} with {retention}'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +352,7 @@ class omega(Learner):
     def __post_init__(self):
         _at_least_one("omega window", self.window)
         if not isinstance(self.step, Learner) or isinstance(
-            self.step, omega | implicit | exchange | normal_equations
+            self.step, omega | delta_gd | implicit | exchange | normal_equations
         ):
             raise ValueError(
                 f"omega step {self.step!r} must be another learner, such as momentum()"

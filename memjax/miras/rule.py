@@ -110,7 +110,7 @@ class Rule:
         retention: how it forgets: `decay()`, `none()`, `lq()`, `simplex()`, `elastic_net()`,
             `renormalise()`.
         learner: how it steps: `gd()`, `momentum()`, `omega(...)`, `muon()`, `chunk_muon()`,
-            `delta_momentum()`, `implicit()`, `exchange()`, `normal_equations()`.
+            `delta_gd()`, `delta_momentum()`, `implicit()`, `exchange()`, `normal_equations()`.
         chunk: tokens that share their gradients' weights; semantic, 1 = fully online.
         read: "after" or "before" the token is written, or as the "chunk" began (LaCT).
     Raises:

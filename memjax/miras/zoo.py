@@ -262,6 +262,36 @@ def lact(*, expansion: int = 2, chunk: int = 2048, steps: int = 5) -> Rule:
     )  # fmt: skip
 
 
+def self_referential_titans(*, expansion: int = 4, chunk: int = 64, read: str = "chunk") -> Rule:
+    """The memories of HOPE's self-referential Titans, all of one rule: delta gradient descent.
+
+        W_t = W_{t-1} (a_t I - lr_t z_t z_t^T) - lr_t grad 1/2 ||M(k_t; W') - v_t||^2
+        M(x) = x + gelu(x W_1) W_2
+
+    Where keys, values and gates come from, see `memjax.layers.SelfReferentialMemory`.
+
+    Args:
+        expansion, chunk: see `titans`.
+        read: "chunk" (equation 90: y_t = M(q_t; W')), "before" (equation 86), or "after" the write.
+    Source: nested learning (arXiv:2512.24695), equations 86 to 91.
+    """
+    structure = mlp(expansion=expansion, residual=True)
+    return Rule(structure, l2(), decay(), learners.delta_gd(), chunk=chunk, read=read)
+
+
+def continuum(*, expansion: int = 4, chunk: int = 512) -> Rule:
+    """A level of the continuum memory system: an MLP that takes one step every `chunk` tokens.
+
+        W <- W - sum over the chunk of lr_t grad 1/2 ||M(k_t; W) - v_t||^2,   y_t = M(q_t; W')
+
+    Args:
+        expansion, chunk: see `titans`.
+    Source: nested learning (arXiv:2512.24695), equation 71, with a loss of its own
+        (docs/deviations.md).
+    """
+    return Rule(mlp(expansion=expansion), l2(), none(), gd(), chunk=chunk, read="chunk")
+
+
 def _deep(expansion: int, features: Features | None = None) -> mlp:
     """The memory network of Miras and ATLAS: `x + LN(gelu(phi(x) W_1) W_2)`."""
     return mlp(expansion=expansion, norm=True, residual=True, features=features)

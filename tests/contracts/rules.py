@@ -321,6 +321,34 @@ PARTS = (
         rate=0.1,
     ),
     RuleCase(
+        "delta_gd",
+        miras.Rule(
+            miras.mlp(depth=2, expansion=2, residual=True), _l2, _decay, miras.delta_gd(), chunk=4
+        ),
+        oracle.Rule(chunk=4, residual=True, momentum=False, learner="delta"),
+        scale=True,
+        rate=0.5,
+    ),
+    RuleCase(
+        "delta_gd_before",
+        miras.Rule(
+            miras.gated_mlp(expansion=1), _l2, miras.decay(to="initial"),
+            miras.delta_gd(), chunk=5, read="before",
+        ),
+        oracle.Rule(
+            chunk=5, structure="gated_mlp", activation="silu", momentum=False,
+            retention="initial", learner="delta", read="before",
+        ),
+        value=5,
+        rate=0.3,
+    ),
+    RuleCase(
+        "delta_gd_by_channel",
+        _matrix(_dot, _decay, miras.delta_gd(), chunk=4, read="chunk"),
+        oracle.Rule(chunk=4, bias="dot", momentum=False, learner="delta", read="chunk"),
+        retain="channel",
+    ),
+    RuleCase(
         "lact",
         miras.Rule(
             miras.gated_mlp(expansion=2), _dot, miras.renormalise(), miras.chunk_muon(), chunk=4,

@@ -32,6 +32,7 @@ AXES = {
     ),
     "learner": (
         miras.gd(), miras.momentum(), miras.muon(2), miras.delta_momentum(), miras.chunk_muon(2),
+        miras.delta_gd(),
         miras.omega(3, miras.gd()), miras.omega(3), miras.omega(6, miras.muon(2)),
         miras.omega(2, miras.chunk_muon(0)), miras.implicit(), miras.exchange(),
         miras.normal_equations(4),
@@ -72,6 +73,9 @@ def sensible(structure, bias, retention, learner, chunk, read):
         return False  # nothing to forget at each token where nothing is written at each token
     if isinstance(learner, miras.omega) and getattr(retention, "before", "") == "gradient":
         return False  # the window's gradients are those of one W'
+    if isinstance(learner, miras.delta_gd):  # it erases in W along the input of a linear map
+        kept = (miras.none(), miras.decay(), miras.decay(to="initial"))
+        return retention in kept and not isinstance(structure, miras.vector)
     if not isinstance(learner, miras.implicit | miras.exchange | miras.normal_equations):
         return True
     plain = isinstance(structure, miras.matrix) and structure.features is None

@@ -140,6 +140,8 @@ DEEP = (
         retention="renormalise", momentum=True, learner="by chunk", read="chunk", norm=False,
         residual=False,
     ),
+    _deep("self_referential_titans", norm=False, learner="delta", read="chunk"),
+    _deep("continuum", {"retain": None}, norm=False, residual=False, read="chunk"),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ have no link, and A is W):
         momentum:          change = S_t = e_t S_{t-1} - lr_t g_t
         muon:              change = lr_t NS(S_t),  S_t = e_t S_{t-1} - g_t
         delta momentum:    change = S_t = (e_t - lr_t g_t g_t^T) S_{t-1} - lr_t g_t
+        delta gradient:    change = -lr_t (g_t + z_t^T z_t A_{t-1}), z_t the map's input at W'
         by chunk:          change = 0
     y_t = M(q_t; link(A' + c_t (A_t - A')))
     the chunk ends:     A = A' + c_t (A_t - A'),  A' = A,  p = 0
@@ -51,7 +52,7 @@ class Rule:
     soft: float = 0.1  # the threshold of elastic_net
     first: bool = False  # W' decays with the weights, before the gradient is taken
     momentum: bool = True
-    learner: str = "plain"  # with momentum: plain, muon, delta, by chunk
+    learner: str = "plain"  # with momentum: plain, muon, delta, by chunk; without: plain, delta
     steps: int = 5  # of Newton-Schulz
     window: int = 1
     implicit: bool = False  # lr / (1 + lr |k|^2) in the place of lr
@@ -239,6 +240,9 @@ def run(rule, state, q, k, v, gates, segment_ids=None):
                 losses[b, t, h], g = gradient(
                     rule, anchor, slow, k[b, t, h], v[b, t, h], gate.threshold
                 )
+                if rule.learner == "delta" and not rule.momentum:
+                    inputs = forward(rule, anchor, slow, k[b, t, h])[1][0]
+                    g = [d + np.outer(z, z @ w) for d, z, w in zip(g, inputs, now, strict=True)]
                 if rule.window > 1:
                     g = over_window(rule, pairs, b, h, anchor, slow, g, gate.window)
                 moving, added = change(rule, moving, g, lr, gate.momentum)

@@ -5,7 +5,8 @@ Inside a chunk all gradients are taken at the same weights W', so token i reads
     W_i = beta_i W + f_i S - sum_{j <= i} G[i, j] X_j^T D_j       for every linear map,
 
 with X_j its input and D_j the signal at its output on the key side, both at W'. A linear map of the
-query side is then three products: with W, with S, and with D under the masked scores Xq X^T.
+query side is then three products: with W, with S, and with D under the masked scores Xq X^T. A map
+that erases what it gives for its inputs (`delta_gd`) has D_j + X_j W_{j-1} in the place of D_j.
 
 A run has three steps: `plan` needs the gates only, `write` gives the weights that the next run
 waits for, and `read` answers the queries from what `write` has found.
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.miras.precision import accumulation_dtype, matmul
-from memjax.miras.products import prefix_products, segment_products
+from memjax.miras.products import prefix_products, segment_products, unit_lower_inverse
 from memjax.typing import Array, Bool, Float, Int
 
 
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     weights: Mixture  # after the run: [*K], [*K], [C, *K]
     momentum: Mixture | None  # after the run, `of_weights` None standing for 0
     anchor: Float[Array, "*C"] | None  # of W' where each token's gradient is taken; None = 1
+    erased: Mixture | None  # before each token, for a learner that erases along its inputs
 
 
 def fits(rule) -> bool:
@@ -99,6 +101,7 @@ def plan(rule, gates, learned: Learned, live, document) -> Plan:
         jax.tree.map(lambda x: x[-1], after),
         None if of_velocity is None else Mixture(None, of_velocity[-1], by_token[-1]),
         of_weights if rule.retention.first else None,
+        _before(after, first) if rule.learner.erases else None,
     )
 
 
@@ -136,6 +139,11 @@ def write(rule, base, weights, velocity, begin, slow, learned: Learned, plan: Pl
     compute = learned.k.dtype
     back = begin.weights if rule.retention.to_initial else (None,) * len(weights)
     loss, inputs, signals = capture(rule, base, back, slow, learned, plan.anchor, compute)
+    if plan.erased is not None:
+        signals = tuple(
+            _with_erased(plan.erased, x, d, w, w_0, compute)
+            for x, d, w, w_0 in zip(inputs, signals, weights, back, strict=True)
+        )
 
     def sums(of_tokens, x, d):
         if of_tokens.ndim == 1:
@@ -166,6 +174,19 @@ def _scaled(gate: Float[Array, "C *K"] | None, x: Array, w: Array, w_0, compute)
     if gate.ndim == 2:
         return matmul(gate * x, w, compute=compute)
     return gate[:, None] * matmul(x, w, compute=compute)
+
+
+def _with_erased(before: Mixture, x, d, w, w_0, compute):
+    """The signals `d_i + x_i W_{i-1}` of a map that erases what it gives for its inputs x.
+
+    W_{i-1} holds the signals of the tokens before: a unit lower triangular system.
+    """
+    given = _scaled(before.of_weights, x, w, w_0, compute)
+    if before.of_tokens.ndim == 2:
+        scores = matmul(x, x.T, compute=compute) * before.of_tokens
+    else:
+        scores = jnp.einsum("ik,jk,ijk->ij", x, x, before.of_tokens)
+    return matmul(unit_lower_inverse(-scores), d + given, compute=d.dtype)
 
 
 def capture(rule, base, back, slow, learned: Learned, anchor, compute):

@@ -143,6 +143,26 @@ def _answer(rule, fast, slow, x, compute):
     return jax.vmap(jax.vmap(answer), in_axes=(0, None, 0))(fast, slow, x)
 
 
+def _inputs(rule, fast, slow, x, compute) -> tuple[Array, ...]:
+    """What each linear map gets in `_answer`, [B, H, T, I]."""
+
+    def answer(fast, slow, x):
+        found = [None] * len(fast)
+
+        def linear(i, z):
+            found[i] = z
+            return matmul(z, fast[i], compute=compute)
+
+        rule.structure.forward(linear, slow, x.astype(fast[0].dtype))
+        return tuple(found)
+
+    return jax.vmap(jax.vmap(answer), in_axes=(0, None, 0))(fast, slow, x)
+
+
+def _turned(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
 def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tuple[PyTree, Array]:
     base, weights, velocity, place, pairs = carry
     compute = token.q.dtype
@@ -179,6 +199,12 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     y, pull_back = jax.vjp(answers, jax.tree.map(link, base))
     signal = rule.bias.signal(y, v.astype(y.dtype), *threshold)
     (gradient,) = pull_back(signal if share is None else share[..., None] * signal)
+    if rule.learner.erases:
+        inputs = _inputs(rule, base, state.slow, k, compute)
+        gradient = jax.tree.map(
+            lambda g, z, w: g + matmul(_turned(z), matmul(z, w, compute=compute), compute=compute),
+            gradient, inputs, weights,
+        )  # fmt: skip
     if rule.learner.exchanges:
         erased, added = gates.lr * token.k, gates.write
         rows = jnp.stack([erased, added], axis=-1)
