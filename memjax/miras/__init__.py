@@ -32,9 +32,8 @@ from memjax.miras.structure import Structure, Weights, gated_mlp, least_squares,
 __all__ = [
     "Begin", "Bias", "Features", "Gates", "Learner", "Pairs", "Retention", "Rule", "State",
     "Structure", "Weights", "begin_from", "chunk_muon", "chunkwise", "decay", "delta_gd",
-    "delta_momentum", "dot", "dpfp", "elastic_net", "elu1", "exchange", "gated_mlp", "gd", "huber", "implicit", "l2",
-    "least_squares", "lp", "lq", "matrix", "mlp", "momentum", "muon", "none", "normal_equations",
-    "omega", "polynomial", "read", "recurrent",
-    "renormalise", "robust", "simplex", "start", "step", "surprise", "taylor_exp", "trace",
-    "vector", "zoo",
+    "delta_momentum", "dot", "dpfp", "elastic_net", "elu1", "exchange", "gated_mlp", "gd", "huber",
+    "implicit", "l2", "least_squares", "lp", "lq", "matrix", "mlp", "momentum", "muon", "none",
+    "normal_equations", "omega", "polynomial", "read", "recurrent", "renormalise", "robust",
+    "simplex", "start", "step", "surprise", "taylor_exp", "trace", "vector", "zoo",
 ]  # fmt: skip
