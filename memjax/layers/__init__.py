@@ -4,6 +4,14 @@ from memjax.layers.attention import Attention, AttentionState
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.feed_forward import SwiGLU
 from memjax.layers.gated_associative import GatedAssociativeMemory
+from memjax.layers.hope import (
+    ContinuumMemory,
+    ContinuumState,
+    Hope,
+    HopeState,
+    SelfReferentialMemory,
+    SelfReferentialState,
+)
 from memjax.layers.linear import Linear
 from memjax.layers.matrix_memory import MatrixMemory, MatrixMemoryState
 from memjax.layers.mixture_of_memories import MixtureOfMemories, MixtureOfMemoriesState
@@ -18,8 +26,12 @@ __all__ = [
     "Attention",
     "AttentionState",
     "CausalConv",
+    "ContinuumMemory",
+    "ContinuumState",
     "ConvState",
     "GatedAssociativeMemory",
+    "Hope",
+    "HopeState",
     "Linear",
     "MatrixMemory",
     "MatrixMemoryState",
@@ -29,6 +41,8 @@ __all__ = [
     "NeuralMemoryState",
     "RMSNorm",
     "RWKV7State",
+    "SelfReferentialMemory",
+    "SelfReferentialState",
     "SwiGLU",
     "TNTMemory",
     "TNTState",

@@ -40,6 +40,9 @@ class MemoryConfig:
             uses.
         local_chunks, shard: of the mixer "tnt", see `layers.TNTMemory`; its `chunk` is `chunk`.
         slots: of the mixer "gam".
+        periods: of the mixers "continuum" and "hope": tokens between two steps of each level.
+        projection_chunk: of the mixers "self_referential_titans" and "hope": the chunk of the
+            memories that give keys, values and gates; None takes `chunk`.
         lr_max: the largest inner learning rate.
         combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
         value_dim: dimension of the values of a head, for the matrix memories; None takes what each
@@ -63,6 +66,8 @@ class MemoryConfig:
     local_chunks: tuple[int, ...] = (8, 16)
     shard: int = 2048
     slots: int = 512
+    periods: tuple[int, ...] = (512, 2048)
+    projection_chunk: int | None = None
     lr_max: float | int = 0.1
     combine: str = "gate"
     value_dim: int | None = None
@@ -75,7 +80,7 @@ class MemoryConfig:
             1,
             ("window", "degree", "memories", "active", "shard", "slots"),
         )
-        sizes = ("heads", "depth", "expansion", "chunk", "value_dim")
+        sizes = ("heads", "depth", "expansion", "chunk", "value_dim", "projection_chunk")
         _at_least(self, "memory.", 1, sizes, optional=True)
         self._check_sizes()
         for name in ("norm", "residual", "momentum", "decay"):
@@ -97,18 +102,21 @@ class MemoryConfig:
         self.build()
 
     def _check_sizes(self):
-        """Raises ValueError where the sizes of "mom" or "tnt" do not go together."""
+        """Raises ValueError where the sizes of "mom", "tnt" or "continuum" do not fit."""
         if self.active > self.memories:
             raise ValueError(
                 f"memory.active {self.active} must be at most memory.memories {self.memories}"
             )
         chunks = self.local_chunks
-        if not isinstance(chunks, tuple) or any(
-            not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in chunks
-        ):
+        if not _positive_integers(chunks):
             raise ValueError(
                 "memory.local_chunks must be a tuple of integers of at least 1, () for no local "
                 f"memory, got {chunks!r}"
+            )
+        if not _positive_integers(self.periods) or not self.periods:
+            raise ValueError(
+                "memory.periods must be a tuple of integers of at least 1, one for each level, got "
+                f"{self.periods!r}"
             )
         if any(self.shard % size for size in chunks):
             raise ValueError(
@@ -141,11 +149,13 @@ class MemoryConfig:
         """The configuration that `to_dict` wrote; ValueError on an unknown key.
 
         Args:
-            values: the fields; the numbers of `local_chunks` may stand in one string, "8,16".
+            values: the fields; the numbers of `local_chunks` and `periods` may stand in one string,
+                "8,16".
         """
         values = dict(values)
-        if "local_chunks" in values:
-            values["local_chunks"] = _numbers(values["local_chunks"])
+        for name in ("local_chunks", "periods"):
+            if name in values:
+                values[name] = _numbers(values[name])
         return _from_dict(cls, "memory.", values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -330,6 +340,13 @@ def _split(names: Any) -> Any:
         split = [_split(name) for name in names]
         return tuple(x for name in split for x in (name if isinstance(name, tuple) else (name,)))
     return names
+
+
+def _positive_integers(values: Any) -> bool:
+    """Whether this is a tuple of them, or an empty one."""
+    return isinstance(values, tuple) and all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values
+    )
 
 
 def _numbers(given: Any) -> Any:

@@ -25,10 +25,13 @@ from flax import nnx
 from memjax.layers import (
     RWKV7,
     Attention,
+    ContinuumMemory,
     GatedAssociativeMemory,
+    Hope,
     MatrixMemory,
     MixtureOfMemories,
     NeuralMemory,
+    SelfReferentialMemory,
     TNTMemory,
     matrix_memory,
 )
@@ -256,6 +259,43 @@ def tnt(config, rngs: nnx.Rngs) -> TNTMemory:
         lr_max=memory.lr_max,
         rngs=rngs,
     )
+
+
+@register("self_referential_titans")
+def self_referential_titans(config, rngs: nnx.Rngs) -> SelfReferentialMemory:
+    """HOPE's memory: its keys, values and gates are answers of memories that learn too."""
+    memory = config.memory
+    heads = memory.heads or config.heads
+    return SelfReferentialMemory(
+        config.dim,
+        heads,
+        config.head_dim if heads == config.heads else None,
+        chunk=64 if memory.chunk is None else memory.chunk,
+        projection_chunk=memory.projection_chunk,
+        expansion=4 if memory.expansion is None else memory.expansion,
+        conv=config.conv,
+        lr_max=memory.lr_max,
+        rngs=rngs,
+    )
+
+
+@register("continuum")
+def continuum(config, rngs: nnx.Rngs) -> ContinuumMemory:
+    """A chain of MLPs that learn every `memory.periods` tokens, in a feed-forward layer's place."""
+    memory = config.memory
+    return ContinuumMemory(
+        config.dim,
+        periods=memory.periods,
+        expansion=4 if memory.expansion is None else memory.expansion,
+        lr_max=memory.lr_max,
+        rngs=rngs,
+    )
+
+
+@register("hope")
+def hope(config, rngs: nnx.Rngs) -> Hope:
+    """HOPE, a block's whole work: `self_referential_titans`, and `continuum` behind it."""
+    return Hope(self_referential_titans(config, rngs), continuum(config, rngs))
 
 
 @register("gam")

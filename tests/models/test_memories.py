@@ -18,6 +18,9 @@ FIELDS = {
     "mom": {"memories": 3, "active": 2},
     "tnt": {"chunk": 2, "local_chunks": (1, 2), "shard": 4, "expansion": 2},
     "gam": {"slots": 5},
+    "self_referential_titans": {"chunk": 2, "projection_chunk": 1, "expansion": 2},
+    "continuum": {"periods": (2, 3), "expansion": 2},
+    "hope": {"chunk": 2, "periods": (3,), "expansion": 2},
     **{
         name: {"chunk": 2, "window": 3}
         for name in (
@@ -87,6 +90,16 @@ def test_fields_of_the_configuration_reach_the_layer(name):
         assert module.bank.shape == (5, 16)
         assert built(name, conv=0).conv.width == 1
         return
+    if name == "continuum":
+        rules = [level.rule for level in module.levels]
+        assert [(rule.chunk, rule.structure.expansion) for rule in rules] == [(2, 2), (3, 2)]
+        faster = MemoryConfig(**FIELDS[name] | {"lr_max": 0.2})
+        assert built(name, memory=faster).levels[0].scale == 2 * module.levels[0].scale
+        return
+    if name == "hope":
+        assert module.titans.rule.chunk == module.titans.projection_rule.chunk == 2
+        assert [level.rule.chunk for level in module.continuum.levels] == [3]
+        return
     assert (module.heads, module.head_dim) == (2, 8)
     memory = MemoryConfig(**FIELDS[name] | {"heads": 4, "lr_max": 0.05})
     assert (built(name, head_dim=6, memory=memory).heads, built(name, head_dim=6).head_dim) == (
@@ -96,13 +109,16 @@ def test_fields_of_the_configuration_reach_the_layer(name):
     assert built(name, head_dim=6, memory=memory).head_dim == 4
     if name == "rwkv7":
         return
-    assert [conv.width for conv in module.convs] == [3, 3, 3]
+    assert [conv.width for conv in module.convs] == [3] * (2 if name.startswith("self") else 3)
     assert not built(name, conv=0).convs
     if name == "mom":
         assert (module.memories, module.active) == (3, 2)
         return
     assert module.rule.chunk == 2
     assert built(name, memory=memory).lr_max == 0.05
+    if name == "self_referential_titans":
+        assert (module.projection_rule.chunk, module.rule.structure.expansion) == (1, 2)
+        return
     if name == "tnt":
         assert (module.shard, [rule.chunk for rule in module.local_rules]) == (4, [1, 2])
         assert module.rule.structure.expansion == 2
