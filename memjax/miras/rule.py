@@ -210,25 +210,48 @@ def begin_from(rule: Rule, state: State, batch: int) -> State:
     """
     if state.place.shape[0] != 1:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
-    begin = jax.tree.map(lambda w: w[0], Begin(state.weights, state.momentum))
+    begin = Begin(state.weights, state.momentum)
     if rule.learner.closes or rule.retention.closes:
-        begin = _closed(rule, state, begin)
+        count = state.place[0].astype(begin.weights[0].dtype)
+        closed = close_chunk(rule, state.begin, state.base, *begin, jnp.maximum(count, 1))
+        begin = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), Begin(*closed), begin)
+    begin = jax.tree.map(lambda w: w[0], begin)
     pairs = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), state.pairs)
     return _at(begin, state.slow, batch)._replace(pairs=pairs)
 
 
-def _closed(rule: Rule, state: State, begin: Begin) -> Begin:
-    """What a state has learned when the tokens of its last chunk are all that there are."""
-    count = state.place[0].astype(begin.weights[0].dtype)
-    weights, velocity = begin
+def close_chunk(
+    rule: Rule,
+    begin: Begin,
+    base: PyTree,
+    weights: PyTree,
+    velocity: PyTree,
+    count: int | Float[Array, ""],
+    scale: Float[Array, "B H"] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """The end of a chunk: (weights, momentum) that the next one begins with.
+
+    Args:
+        rule: the memory.
+        begin: what a document starts from.
+        base, weights, velocity: as in `State`, after the chunk's last token.
+        count: tokens of the chunk.
+        scale: `Gates.scale` of its last token.
+    """
+    weights = scaled(base, weights, scale)
     if rule.learner.closes:
-        close = functools.partial(rule.learner.close, count=jnp.maximum(count, 1))
-        velocity, change = jax.vmap(close)(velocity)
+        count = jnp.asarray(count, weights[0].dtype)
+        step = functools.partial(rule.learner.close, count=count)
+        velocity, change = jax.vmap(jax.vmap(step))(velocity)
         weights = jax.tree.map(jnp.add, weights, change)
-    weights = jax.tree.map(rule.retention.close, weights, state.begin.weights)
-    return jax.tree.map(
-        lambda new, old: jnp.where(count > 0, new, old), Begin(weights, velocity), begin
-    )
+    return jax.tree.map(rule.retention.close, weights, begin.weights), velocity
+
+
+def scaled(base: PyTree, weights: PyTree, scale: Float[Array, "*N"] | None) -> PyTree:
+    """`base + scale (weights - base)`: the update of a chunk as seen through `Gates.scale`."""
+    if scale is None:
+        return weights
+    return jax.tree.map(lambda b, w: b + scale[..., None, None] * (w - b), base, weights)
 
 
 def _pairs(rule: Rule, fast: tuple[Array, ...], batch: int) -> Pairs | tuple[()]:

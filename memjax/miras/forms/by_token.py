@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from memjax.miras.forms import dual
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.products import restarting_products
+from memjax.miras.rule import scaled
 from memjax.typing import Array, Bool, Float, Int
 
 
@@ -70,9 +71,7 @@ def run(
         )
         taken = decayed(None if anchor is None else anchor[t], base)
         seen = {"after": written, "before": held, "chunk": taken}[rule.read]
-        if gates.scale is not None:
-            scale = gates.scale[t]
-            seen = jax.tree.map(lambda b, w: b + scale * (w - b), taken, seen)
+        seen = scaled(taken, seen, None if gates.scale is None else gates.scale[t])
         seen = tuple(rule.retention.link(w) for w in seen)
         y = rule.structure.forward(
             lambda i, x: matmul(x, seen[i], compute=compute), slow, q[t][None].astype(dtype)

@@ -16,7 +16,7 @@ from memjax import documents
 from memjax.miras.forms import by_token, dual, linear, normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
-from memjax.miras.rule import Gates, Pairs, Rule, State
+from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -353,9 +353,10 @@ def _closes(rule: Rule) -> bool:
 
 def _chunk_end(carry: Carry, base, weights, velocity, tile: Tile) -> Carry:
     """After a chunk, or what there is of the last one: `_settle` tells them apart."""
-    if tile.gates.scale is not None:
-        scale = jnp.where(tile.live[:, None, -1], tile.gates.scale[:, :, -1], 1)[..., None, None]
-        weights = jax.tree.map(lambda b, w: b + scale * (w - b), base, weights)
+    scale = tile.gates.scale
+    if scale is not None:
+        scale = jnp.where(tile.live[:, None, -1], scale[:, :, -1], 1)
+    weights = scaled(base, weights, scale)
     place = jnp.sum(tile.live, axis=1, dtype=carry.place.dtype)
     return Carry(base, weights, velocity, place)
 
@@ -421,21 +422,17 @@ def _close(
     """The carry after the `own` tokens of a tile; a chunk that they fill ends."""
     place = carry.place + jnp.sum(own, axis=1, dtype=carry.place.dtype)
     complete = place == rule.chunk
-    closed = weights
-    if tile.gates.scale is not None:
+    scale = tile.gates.scale
+    if scale is not None:
         final = jnp.max(jnp.where(own, jnp.arange(own.shape[1]), 0), axis=1)
-        scale = jnp.take_along_axis(tile.gates.scale, final[:, None, None], axis=2)[..., None]
-        closed = jax.tree.map(lambda b, w: b + scale * (w - b), base, weights)
+        scale = jnp.take_along_axis(scale, final[:, None, None], axis=2)[..., 0]
+    closed, moved = close_chunk(rule, state.begin, base, weights, velocity, rule.chunk, scale)
 
     def choose(yes, no):
         return jax.tree.map(lambda yes, no: _where(complete, yes, no), yes, no)
 
     if rule.learner.closes:
-        count = jnp.asarray(rule.chunk, closed[0].dtype)
-        close = functools.partial(rule.learner.close, count=count)
-        moved, change = jax.vmap(jax.vmap(close))(velocity)
-        closed, velocity = jax.tree.map(jnp.add, closed, change), choose(moved, velocity)
-    closed = jax.tree.map(rule.retention.close, closed, state.begin.weights)
+        velocity = choose(moved, velocity)
     place = jnp.where(complete, 0, place)
     return Carry(choose(closed, base), choose(closed, weights), velocity, place)
 

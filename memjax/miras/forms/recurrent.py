@@ -3,7 +3,6 @@
 All but the bias's signal is differentiated as it stands; the signal is the bias's own definition.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from memjax.miras.forms import normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
-from memjax.miras.rule import Gates, Pairs, Rule, State
+from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -216,17 +215,13 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
         )
     written = jax.tree.map(jnp.add, decayed(weights), change)
     seen = {"after": written, "before": weights, "chunk": base}[rule.read]
-    seen = jax.tree.map(link, _mix(base, seen, gates.scale))
+    seen = jax.tree.map(link, scaled(base, seen, gates.scale))
     y = _answer(rule, seen, state.slow, token.q[:, :, None], compute)
 
     complete = place + 1 == rule.chunk
-    closed = _mix(base, written, gates.scale)
-    closed_velocity = new_velocity
-    if rule.learner.closes:
-        close = functools.partial(rule.learner.close, count=jnp.asarray(rule.chunk, gates.lr.dtype))
-        closed_velocity, change = jax.vmap(jax.vmap(close))(new_velocity)
-        closed = jax.tree.map(jnp.add, closed, change)
-    closed = jax.tree.map(rule.retention.close, closed, begin.weights)
+    closed, closed_velocity = close_chunk(
+        rule, begin, base, written, new_velocity, rule.chunk, gates.scale
+    )
 
     def choose(yes, no):
         return jax.tree.map(lambda yes, no: _rows(complete, yes, no), yes, no)
@@ -262,10 +257,3 @@ def _learned(pairs: Pairs | tuple[()], token: Token):
 
 def _rows(choose: Bool[Array, " B"], yes: Array, no: Array) -> Array:
     return jnp.where(choose.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
-
-
-def _mix(base: PyTree, weights: PyTree, scale: Float[Array, "B H"] | None) -> PyTree:
-    """`base + scale (weights - base)`: the update of the chunk as seen through `Gates.scale`."""
-    if scale is None:
-        return weights
-    return jax.tree.map(lambda b, w: b + scale[:, :, None, None] * (w - b), base, weights)
