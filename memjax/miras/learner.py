@@ -34,7 +34,7 @@ class Learner:
     solves = False  # whether what is read is the solution of a system that it keeps
     window = 1  # tokens whose gradients a token takes, itself the last
 
-    def rates(self, lr: Float[Array, "*N"], k: Float[Array, "*N K"]) -> Float[Array, "*N"]:
+    def rates(self, lr: Float[Array, "*L"], k: Float[Array, "*N K"]) -> Float[Array, "*L"]:
         """The step sizes, of the gate `lr` and the keys."""
         return lr
 
@@ -75,7 +75,7 @@ class Learner:
             same: same[i, j] where tokens i and j belong to one document.
             first: the first token of each document.
         """
-        raise TypeError("Learner is the interface: use gd(), momentum() or another")
+        raise TypeError(f"{self} has no response within a chunk: its change is not linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,6 @@ class exchange(gd):
 
     exchanges = True
 
-    def rates(self, lr: Float[Array, "*N K"], k: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
-        return lr
-
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
         _online_matrix("exchange()", structure, bias, retention, chunk)
         if retention.first:
@@ -273,7 +270,7 @@ class delta_momentum(momentum):
 
 
 @dataclasses.dataclass(frozen=True)
-class chunk_muon(momentum):
+class chunk_muon(Learner):
     """A step at the end of every chunk, on its summed gradients, orthogonalised:
 
         S = mean(e_t) S - sum_t lr_t g_t,     W = W' + NS(S)         over the tokens of a chunk
@@ -288,6 +285,7 @@ class chunk_muon(momentum):
     """
 
     steps: int = 5
+    needs_momentum = True
     linear = False
     closes = True
 
@@ -323,11 +321,6 @@ class chunk_muon(momentum):
         change = jax.tree.map(lambda s: orthogonal(s, self.steps) if self.steps else s, moved)
         zeros = jax.tree.map(jnp.zeros_like, moved)
         return {"before": moved, "sum": zeros, "rate": jnp.zeros_like(rate)}, change
-
-    def response(
-        self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
-    ) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
-        raise TypeError("chunk_muon() has no response within a chunk")
 
 
 @dataclasses.dataclass(frozen=True)
