@@ -137,10 +137,13 @@ def trace(
         block = linear.BLOCK if closed else _default_block(rule)
     if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
-    length = k.shape[1]
+    length, restarts = k.shape[1], segment_ids is not None
+    starts = jnp.zeros(k.shape[:2], bool)
+    if restarts:
+        starts = documents.starts(segment_ids, state.segment)
+    past = _with_past(state, k, v, gates.threshold, starts) if state.pairs else None
+    tiles = _tiles(q, k, v, gates, starts, past, min(block, length))
     if closed:
-        tiles = _tiles(rule, state, q, k, v, gates, segment_ids, min(block, length))
-        restarts = segment_ids is not None
         run = normal.run if rule.learner.solves else linear.run
         y, surprises, state = run(rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss)
         return _outcome(state, q, y, surprises, segment_ids)
@@ -148,12 +151,11 @@ def trace(
     block = min(block, length)
     if remat is None:
         remat = _default_group(state, block)
-    tiles = _tiles(rule, state, q, k, v, gates, segment_ids, block)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
     def by_tile(carry, tiles):
         def run(carry, tiles):
-            return _run_tiles(rule, state, carry, tiles, restarts=segment_ids is not None)
+            return _run_tiles(rule, state, carry, tiles, restarts=restarts)
 
         carry, outputs = in_groups(run, carry, tiles, group=remat)
         return (_settle(rule, carry) if block == rule.chunk else carry), outputs
@@ -168,10 +170,10 @@ def trace(
         carry, (y, surprises) = by_tile(carry, tiles)
     else:
         # Where no tile holds a boundary but at its first token, one run a tile is enough.
-        places = _places(rule, state, segment_ids, length)[:, ::block]
+        places = _places(rule, state, starts if restarts else None, length)[:, ::block]
         whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
         carry, (y, surprises) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
-    state = state._replace(**carry._asdict(), pairs=_last_pairs(state, k, v, gates, segment_ids))
+    state = state._replace(**carry._asdict(), pairs=_last_pairs(state, past))
     return _outcome(state, q, y, surprises if loss else None, segment_ids)
 
 
@@ -204,10 +206,10 @@ def _default_group(state: State, block: int, most: int = 8, least: int = 16) -> 
     return max(-(-held // (most * block * a_token)), -(-least // block))
 
 
-def _tiles(rule, state, q, k, v, gates, segment_ids, block) -> Tile:
+def _tiles(q, k, v, gates, starts, past: dual.Learned | None, block: int) -> Tile:
     """Everything cut into tiles: leading axis the tile, heads before time."""
     batch, length = k.shape[:2]
-    count, before = -(-length // block), rule.learner.window - 1
+    count = -(-length // block)
 
     def fold(x, fill=0):
         pad = [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2)
@@ -217,12 +219,10 @@ def _tiles(rule, state, q, k, v, gates, segment_ids, block) -> Tile:
     def turn(x):  # [B, N, C, H, ...] or [B, N, C] with the tile in front, heads before time
         return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else jnp.moveaxis(x, 1, 0)
 
-    live = jnp.ones((batch, length), bool)
-    starts = ~live if segment_ids is None else documents.starts(segment_ids, state.segment)
-    gates, threshold = gates._replace(threshold=None), gates.threshold
-    if not before:
-        learned = jax.tree.map(fold, dual.Learned(k, v, threshold, None, None))
+    if past is None:
+        learned = jax.tree.map(fold, dual.Learned(k, v, gates.threshold, None, None))
     else:
+        before = past.seen.shape[1] - length
         where = jnp.arange(count)[:, None] * block + jnp.arange(block + before)[None, :]
 
         def windows(x, fill=0):
@@ -232,11 +232,11 @@ def _tiles(rule, state, q, k, v, gates, segment_ids, block) -> Tile:
             )  # fmt: skip
             return turn(x[:, where])
 
-        with_past = _with_past(state, k, v, threshold, starts)
-        number = fold(with_past.seen[:, before:])
-        learned = jax.tree.map(windows, with_past._replace(seen=None))
-        learned = learned._replace(document=number, seen=windows(with_past.seen, -2))
-    return Tile(fold(q), learned, jax.tree.map(fold, gates), fold(starts), fold(live))
+        number = fold(past.seen[:, before:])
+        learned = jax.tree.map(windows, past._replace(seen=None))
+        learned = learned._replace(document=number, seen=windows(past.seen, -2))
+    gates = jax.tree.map(fold, gates._replace(threshold=None))
+    return Tile(fold(q), learned, gates, fold(starts), fold(jnp.ones_like(starts)))
 
 
 def _with_past(state: State, k, v, threshold, starts) -> dual.Learned:
@@ -253,14 +253,10 @@ def _with_past(state: State, k, v, threshold, starts) -> dual.Learned:
     return dual.Learned(join(pairs.k.astype(dtype), k), join(pairs.v, v), threshold, None, seen)
 
 
-def _last_pairs(state: State, k, v, gates, segment_ids) -> Pairs | tuple[()]:
+def _last_pairs(state: State, past: dual.Learned | None) -> Pairs | tuple[()]:
     """The window after a call."""
-    if not state.pairs:
+    if past is None:
         return ()
-    starts = jnp.zeros(k.shape[:2], bool)
-    if segment_ids is not None:
-        starts = documents.starts(segment_ids, state.segment)
-    past = _with_past(state, k, v, gates.threshold, starts)
     count = state.pairs.live.shape[1]
 
     def last(x, like):
@@ -278,12 +274,11 @@ def _unfold(x: Float[Array, "N B H C *V"], length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _places(rule, state, segment_ids, length) -> Int[Array, "B T"]:
-    """Place in its chunk of every token, before it is written."""
+def _places(rule, state, starts, length) -> Int[Array, "B T"]:
+    """Place in its chunk of every token, before it is written; without starts, none is a first."""
     index = jnp.arange(length)
-    if segment_ids is None:
+    if starts is None:
         return (state.place[:, None] + index) % rule.chunk
-    starts = documents.starts(segment_ids, state.segment)
     begun = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)
     return jnp.where(begun < 0, state.place[:, None] + index, index - begun) % rule.chunk
 
