@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.linear import Linear, fan_in_normal
 from memjax.sharding import constrain
@@ -69,15 +70,9 @@ class GatedAssociativeMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `GatedAssociativeMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids)
         state = self.start(x.shape[0]) if state is None else state
-        if not isinstance(state, ConvState):
-            raise TypeError(
-                f"state must be a ConvState, got {type(state).__name__}: use start({x.shape[0]})"
-            )
+        shell.check_type(state, ConvState, x.shape[0])
         check_states("GatedAssociativeMemory", [self.conv], [state], x.shape[0])
         local, state = self.conv(x, state, segment_ids=segment_ids)
         bank = self.bank[...].astype(x.dtype)

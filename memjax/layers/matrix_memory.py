@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import FixedDecay, GateHead, Gating, PowerDecay, SoftplusDecay, StepSize
 from memjax.layers.linear import Linear
@@ -101,7 +102,7 @@ class MatrixMemory(nnx.Module):
         skip: bool = False,
         rngs: nnx.Rngs,
     ):
-        head_dim = _head_dim(dim, heads, head_dim)
+        head_dim = shell.head_size(dim, heads, head_dim)
         value_dim = head_dim if value_dim is None else value_dim
         key_heads = heads if key_heads is None else key_heads
         if min(dim, heads, head_dim, value_dim, key_heads) < 1 or conv < 0:
@@ -204,11 +205,12 @@ class MatrixMemory(nnx.Module):
             ValueError: x, the state, segment_ids or positions do not fit.
             TypeError: the state is not one of a `MatrixMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         if state is None:
             state = self.start(x.shape[0])
-        self._check(x, state, segment_ids, positions)
+        shell.check_type(state, MatrixMemoryState, x.shape[0])
+        shell.check_batch(state.seen, x.shape[0])
+        check_states("MatrixMemory", self.convs, state.convs, x.shape[0])
         place = documents.follow(segment_ids, state.memory.segment, state.seen, x.shape[1])
         positions = place.index if positions is None else positions
         q, k, v, convs = self._project(x, state.convs, segment_ids, positions)
@@ -223,57 +225,28 @@ class MatrixMemory(nnx.Module):
         if self.skip is not None:
             m = m + (self.skip[...][:, None] * v).astype(m.dtype)
         y = self.out(constrain(self._gated(x, m), ("batch", "time", "heads", "kv")))
-        stats = MemoryStats(
-            *(
-                None if gate is None else jax.lax.stop_gradient(
-                    jnp.mean(gate, axis=(1, *range(3, gate.ndim)), dtype=float)
-                )
-                for gate in (surprise, gates.lr, None, gates.retain)
-            )
-        )  # fmt: skip
+        stats = shell.stats(surprise, gates.lr, None, gates.retain)
         y = constrain(y, ("batch", "time", "embed"))
         seen = positions[:, -1].astype(jnp.int32) + 1
         return y, MatrixMemoryState(memory, convs, seen, stats)
 
-    def _check(self, x, state, segment_ids, positions) -> None:
-        """Raises where the state or the ids are not for x and this layer."""
-        if not isinstance(state, MatrixMemoryState):
-            raise TypeError(
-                f"state must be a MatrixMemoryState, got {type(state).__name__}: use "
-                f"start({x.shape[0]}), or what the last call returned"
-            )
-        if state.seen.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
-        check_states("MatrixMemory", self.convs, state.convs, x.shape[0])
-        for name, given in (("segment_ids", segment_ids), ("positions", positions)):
-            if given is not None and given.shape != x.shape[:2]:
-                raise ValueError(f"{name} has shape {given.shape}; it must be {x.shape[:2]}")
-
     def _project(self, x, convs, segment_ids, positions):
         """Queries, keys and values of x [B, T, H, .], and the convolutions' states."""
-        outputs, states = [], []
-        for i, projection in enumerate((self.query, self.key, self.value)):
-            axis = self.key_axis if i < 2 else "heads"
-            z = constrain(projection(x), ("batch", "time", axis, "kv"))
-            if self.convs:
-                flat = z.reshape(*x.shape[:2], -1)
-                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
-                states.append(conv_state)
-                z = flat.reshape(z.shape)
-            if i < 2:
-                z = FEATURES[self.features](z)
-                z = unit(z) if self.unit_keys else z
-                z = z if self.rope_base is None else rotary(z, positions, self.rope_base)
-                z = jnp.repeat(z, self.heads // self.key_heads, axis=2)
-                z = constrain(z, ("batch", "time", "heads", "kv"))
-            elif self.convs:
-                z = jax.nn.silu(z)
-            outputs.append(z)
-        q, k, v = outputs
-        return (self.scale * q).astype(q.dtype), k, v, tuple(states)
+        (q, k, v), states = shell.project(
+            x, (self.query, self.key, self.value), self.convs, convs, segment_ids,
+            axes=(self.key_axis, self.key_axis, "heads"),
+        )  # fmt: skip
+        q, k = self._mapped(q, positions), self._mapped(k, positions)
+        v = jax.nn.silu(v) if self.convs else v
+        return (self.scale * q).astype(q.dtype), k, v, states
+
+    def _mapped(self, z, positions):
+        """Queries or keys as the memory takes them, repeated for each of the heads they serve."""
+        z = FEATURES[self.features](z)
+        z = unit(z) if self.unit_keys else z
+        z = z if self.rope_base is None else rotary(z, positions, self.rope_base)
+        z = jnp.repeat(z, self.heads // self.key_heads, axis=2)
+        return constrain(z, ("batch", "time", "heads", "kv"))
 
     def _gated(self, x, m):
         """What the memory answers [B, T, H, V], normalised and gated."""
@@ -336,7 +309,7 @@ def retnet(
     Source: RetNet (arXiv:2307.08621), equations 5 to 8, whose decay is a number per head, so that
         of xPos only the rotation is left.
     """
-    head_dim = _head_dim(dim, heads, head_dim)
+    head_dim = shell.head_size(dim, heads, head_dim)
     return MatrixMemory(
         dim,
         heads,
@@ -367,7 +340,7 @@ def gla(
         rngs: the stream `params` draws the weights.
     Source: Yang et al. (arXiv:2312.06635), section 4.4.
     """
-    head_dim = _head_dim(dim, heads, head_dim)
+    head_dim = shell.head_size(dim, heads, head_dim)
     return MatrixMemory(
         dim,
         heads,
@@ -489,7 +462,7 @@ def kda(
         rngs: the stream `params` draws the weights.
     Source: Kimi Linear (arXiv:2510.26692), equation 1 and section 4.
     """
-    head_dim = _head_dim(dim, heads, head_dim)
+    head_dim = shell.head_size(dim, heads, head_dim)
     decay = SoftplusDecay(dim, heads, channels=head_dim, rank=head_dim, rngs=rngs)
     return _delta(
         dim, heads, head_dim, value_dim, miras.zoo.kda(), decay, conv, negative_eigenvalues, rngs,
@@ -580,14 +553,3 @@ def _gate(dim, outputs, gate, rank, rngs) -> Linear | None:
         return None
     inputs, axis = (dim, "embed") if rank is None else (rank, None)
     return Linear(inputs, outputs, axes=(axis, "heads", "kv"), rngs=rngs)
-
-
-def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
-    """What was asked for, or dim / heads."""
-    if head_dim is not None:
-        return head_dim
-    if heads < 1 or dim % heads:
-        raise ValueError(
-            f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-        )
-    return dim // heads

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import miras
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
@@ -71,12 +72,7 @@ class MixtureOfMemories(nnx.Module):
         rule: miras.Rule | None = None,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(
-                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = shell.head_size(dim, heads, head_dim)
         if min(dim, heads, head_dim, memories) < 1 or conv < 0:
             raise ValueError(
                 f"dim {dim}, heads {heads}, head_dim {head_dim}, memories {memories} must be at "
@@ -157,21 +153,11 @@ class MixtureOfMemories(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `MixtureOfMemories`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids)
         if state is None:
             state = self.start(x.shape[0])
-        if not isinstance(state, MixtureOfMemoriesState):
-            raise TypeError(
-                f"state must be a MixtureOfMemoriesState, got {type(state).__name__}: use start(B)"
-            )
-        if state.memory.place.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        shell.check_type(state, MixtureOfMemoriesState, x.shape[0])
+        shell.check_batch(state.memory.place, x.shape[0])
         check_states("MixtureOfMemories", self.convs, state.convs, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         share = self.route(x)
@@ -189,12 +175,7 @@ class MixtureOfMemories(nnx.Module):
         y = constrain(
             self.out(constrain(m, ("batch", "time", "heads", "kv"))), ("batch", "time", "embed")
         )
-        means = (
-            None if g is None else jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float))
-            for g in (lr, retain)
-        )
-        lr, retain = means
-        return y, MixtureOfMemoriesState(memory, convs, MemoryStats(None, lr, None, retain))
+        return y, MixtureOfMemoriesState(memory, convs, shell.stats(None, lr, None, retain))
 
     def route(self, x: Float[Array, "B T E"]) -> Float[Array, "B T M"]:
         """The share of each memory in what a token reads, [B, T, M + 1] in fp32, the shared first.
@@ -211,15 +192,8 @@ class MixtureOfMemories(nnx.Module):
 
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""
-        outputs, states = [], []
-        for i, projection in enumerate((self.query, self.key, self.value)):
-            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
-            if self.convs:
-                flat = z.reshape(*x.shape[:2], -1)
-                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
-                states.append(conv_state)
-                z = flat.reshape(z.shape)
-            outputs.append(jax.nn.silu(z))
-        q, k, v = outputs
+        projections = (self.query, self.key, self.value)
+        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
+        q, k, v = map(jax.nn.silu, outputs)
         q = (self.head_dim**-0.5 * unit(q)).astype(q.dtype)
-        return q, unit(k), v, tuple(states)
+        return q, unit(k), v, states

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import miras
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead, ThresholdHead
 from memjax.layers.linear import Linear
@@ -74,12 +75,7 @@ class NeuralMemory(nnx.Module):
         lr_max: float = 0.1,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(
-                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = shell.head_size(dim, heads, head_dim)
         if min(dim, heads, head_dim) < 1:
             raise ValueError(f"dim {dim}, heads {heads}, head_dim {head_dim} must be at least 1")
         if conv < 0 or persistent < 0:
@@ -124,19 +120,7 @@ class NeuralMemory(nnx.Module):
         self.window = (
             GateHead(dim, heads, channels=window, initial=0.9, rngs=rngs) if window > 1 else None
         )
-        keys = jax.random.split(rngs.params(), heads)
-        weights = jax.vmap(lambda key: self.rule.init(key, head_dim, head_dim))(keys)
-        self.fast = nnx.List(
-            nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in weights.fast
-        )
-        self.slow = nnx.Dict(
-            {
-                name: nnx.Param(
-                    w, axes=("heads", "memory_out" if name in ("scale", "bias") else None)
-                )
-                for name, w in weights.slow.items()
-            }
-        )
+        self.fast, self.slow = shell.initial_weights(self.rule, heads, head_dim, rngs=rngs)
         self.persistent = (
             nnx.Param(
                 jax.random.normal(rngs.params(), (persistent, dim)), axes=("persistent", "embed")
@@ -153,9 +137,7 @@ class NeuralMemory(nnx.Module):
         Returns:
             A `NeuralMemoryState`; its memory has already read the persistent vectors.
         """
-        weights = miras.Weights(
-            tuple(w[...] for w in self.fast), {name: w[...] for name, w in self.slow.items()}
-        )
+        weights = shell.weights(self.fast, self.slow)
         memory = miras.start(self.rule, weights, batch)
         if self.persistent is not None:
             row = miras.start(self.rule, weights, 1)
@@ -197,12 +179,13 @@ class NeuralMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `NeuralMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
+        shell.check_inputs(x, self.dim, segment_ids)
         if state is None:
             state = self.start(x.shape[0])
             aligned = aligned or segment_ids is None
-        self._check(x, state, segment_ids)
+        shell.check_type(state, NeuralMemoryState, x.shape[0])
+        shell.check_batch(state.memory.place, x.shape[0])
+        check_states("NeuralMemory", self.convs, state.convs, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         gates = self._gates(x)
         y, surprise, memory = miras.trace(
@@ -210,12 +193,7 @@ class NeuralMemory(nnx.Module):
         )
         y = constrain(y, ("batch", "time", "heads", "kv"))
         y = self.norm(y) * jax.nn.silu(self.gate(x))
-        stats = MemoryStats(
-            *(
-                None if gate is None else jax.lax.stop_gradient(jnp.mean(gate, axis=1, dtype=float))
-                for gate in (surprise, gates.lr, gates.momentum, gates.retain)
-            )
-        )
+        stats = shell.stats(surprise, gates.lr, gates.momentum, gates.retain)
         y = constrain(self.out(y), ("batch", "time", "embed"))
         return y, NeuralMemoryState(memory, convs, stats)
 
@@ -237,37 +215,12 @@ class NeuralMemory(nnx.Module):
         h = miras.read(self.rule, state.memory._replace(weights=fast), q)
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
 
-    def _check(self, x, state, segment_ids) -> None:
-        """Raises where the state or the segment ids are not for x and this layer."""
-        if not isinstance(state, NeuralMemoryState):
-            raise TypeError(
-                f"state must be a NeuralMemoryState, got {type(state).__name__}: use"
-                f" start({x.shape[0]}), or what the last call returned"
-            )
-        if state.memory.place.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
-        check_states("NeuralMemory", self.convs, state.convs, x.shape[0])
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
-
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""
-        outputs, states = [], []
-        for i, projection in enumerate((self.query, self.key, self.value)):
-            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
-            if self.convs:
-                flat = z.reshape(*x.shape[:2], -1)
-                flat, conv_state = self.convs[i](
-                    flat, convs[i] if convs else None, segment_ids=segment_ids
-                )
-                states.append(conv_state)
-                z = flat.reshape(z.shape)
-            outputs.append(jax.nn.silu(z))
-        q, k, v = outputs
-        return unit(q), unit(k), v, tuple(states)
+        projections = (self.query, self.key, self.value)
+        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
+        q, k, v = map(jax.nn.silu, outputs)
+        return unit(q), unit(k), v, states
 
     def _gates(self, x) -> miras.Gates:
         return miras.Gates(

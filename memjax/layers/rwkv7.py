@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
+from memjax.layers import shell
 from memjax.layers.conv import ConvState
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -65,12 +66,7 @@ class RWKV7(nnx.Module):
         rank: int | None = None,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(
-                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = shell.head_size(dim, heads, head_dim)
         rank = max(8, head_dim // 2) if rank is None else rank
         if min(dim, heads, head_dim, rank) < 1:
             raise ValueError(
@@ -130,21 +126,11 @@ class RWKV7(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of an `RWKV7`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids)
         if state is None:
             state = self.start(x.shape[0])
-        if not isinstance(state, RWKV7State):
-            raise TypeError(
-                f"state must be an RWKV7State, got {type(state).__name__}: use start(B)"
-            )
-        if state.last.inputs.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.last.inputs.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        shell.check_type(state, RWKV7State, x.shape[0])
+        shell.check_batch(state.last.inputs, x.shape[0])
         if state.last.inputs.shape[1:] != (1, self.dim):
             raise ValueError(
                 f"the state is of an RWKV7 with other tokens: {state.last.inputs.shape[1:]}, here "
@@ -171,12 +157,7 @@ class RWKV7(nnx.Module):
         m = self.norm(m) + (bonus * v).astype(x.dtype)
         m = constrain(m * self.gate(z["gate"]).astype(x.dtype), ("batch", "time", "heads", "kv"))
         y = constrain(self.out(m), ("batch", "time", "embed"))
-        means = (
-            jax.lax.stop_gradient(jnp.mean(g, axis=(1, *range(3, g.ndim)), dtype=float))
-            for g in (surprise, rate, retain)
-        )
-        surprise, rate, retain = means
-        return y, RWKV7State(memory, last, MemoryStats(surprise, rate, None, retain))
+        return y, RWKV7State(memory, last, shell.stats(surprise, rate, None, retain))
 
     def _before(self, x, last: ConvState, segment_ids):
         """The token before each in its document (zero where there is none), and the new last."""

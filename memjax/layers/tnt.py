@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
@@ -83,12 +84,7 @@ class TNTMemory(nnx.Module):
         lr_max: float = 0.1,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(
-                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = shell.head_size(dim, heads, head_dim)
         if min(dim, heads, head_dim, chunk, shard, *local_chunks) < 1 or conv < 0:
             raise ValueError(
                 f"dim {dim}, heads {heads}, head_dim {head_dim}, chunk {chunk}, shard {shard} and "
@@ -164,19 +160,11 @@ class TNTMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `TNTMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids)
         if state is None:
             state = self.start(x.shape[0])
-        if not isinstance(state, TNTState):
-            raise TypeError(f"state must be a TNTState, got {type(state).__name__}: use start(B)")
-        if state.seen.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.seen.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        shell.check_type(state, TNTState, x.shape[0])
+        shell.check_batch(state.seen, x.shape[0])
         check_states("TNTMemory", self.convs, state.convs, x.shape[0])
         if len(state.local) != len(self.local_rules):
             raise ValueError(
@@ -209,11 +197,9 @@ class TNTMemory(nnx.Module):
             local.append(after)
         y = self.norm(y) * jax.nn.silu(self.gate(x))
         y = self.out(constrain(y, ("batch", "time", "heads", "kv")))
-        means = (jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float)) for g in (surprise, lr[0]))
-        surprise, rate = means
         state = TNTState(
             overall, tuple(local), keys, convs, place.last, place.seen,
-            MemoryStats(surprise, rate, None, None),
+            shell.stats(surprise, lr[0], None, None),
         )  # fmt: skip
         return constrain(y, ("batch", "time", "embed")), state
 
@@ -230,33 +216,17 @@ class TNTMemory(nnx.Module):
 
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""
-        outputs, states = [], []
-        for i, projection in enumerate((self.query, self.key, self.value)):
-            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
-            if self.convs:
-                flat = z.reshape(*x.shape[:2], -1)
-                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
-                states.append(conv_state)
-                z = flat.reshape(z.shape)
-            outputs.append(jax.nn.silu(z))
-        q, k, v = outputs
-        return unit(q), unit(k), v, tuple(states)
+        projections = (self.query, self.key, self.value)
+        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
+        q, k, v = map(jax.nn.silu, outputs)
+        return unit(q), unit(k), v, states
 
 
 class _Weights(nnx.Module):
     """The learned initial weights of one memory, for every head."""
 
     def __init__(self, rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs):
-        keys = jax.random.split(rngs.params(), heads)
-        weights = jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
-        self.fast = nnx.List(
-            nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in weights.fast
-        )
-        self.slow = nnx.Dict(
-            {name: nnx.Param(w, axes=("heads", "memory_out")) for name, w in weights.slow.items()}
-        )
+        self.fast, self.slow = shell.initial_weights(rule, heads, head_dim, rngs=rngs)
 
     def __call__(self) -> miras.Weights:
-        return miras.Weights(
-            tuple(w[...] for w in self.fast), {name: w[...] for name, w in self.slow.items()}
-        )
+        return shell.weights(self.fast, self.slow)

@@ -1,0 +1,150 @@
+"""What the layers around a memory share: sizes, checks, projections, learned W_0, reports."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax import miras
+from memjax.layers.conv import CausalConv, ConvState
+from memjax.layers.linear import Linear
+from memjax.layers.statistics import MemoryStats
+from memjax.sharding import constrain
+from memjax.typing import Array, Float, Int
+
+
+def head_size(dim: int, heads: int, head_dim: int | None) -> int:
+    """`head_dim`, or dim / heads where it is None.
+
+    Raises:
+        ValueError: heads that do not divide dim, where they must.
+    """
+    if head_dim is not None:
+        return head_dim
+    if heads < 1 or dim % heads:
+        raise ValueError(
+            f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
+        )
+    return dim // heads
+
+
+def check_inputs(
+    x: Array, dim: int, segment_ids: Array | None = None, positions: Array | None = None
+) -> None:
+    """Raises ValueError where x is not [B, T >= 1, dim], or the others are not [B, T]."""
+    if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1:
+        raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {dim}]")
+    for name, given in (("segment_ids", segment_ids), ("positions", positions)):
+        if given is not None and given.shape != x.shape[:2]:
+            raise ValueError(f"{name} has shape {given.shape}, must be {x.shape[:2]}")
+
+
+def check_type(state: object, kind: type, batch: int) -> None:
+    """Raises TypeError where a state is not of the kind that a layer carries.
+
+    Args:
+        state: what the layer is to go on from.
+        kind: the class of its states.
+        batch: B, for the message.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be a {kind.__name__}, got {type(state).__name__}: use start({batch}), or "
+            "what the last call returned"
+        )
+
+
+def check_batch(carried: Array, batch: int) -> None:
+    """Raises ValueError where a state is for another batch.
+
+    Args:
+        carried: any array [B, ...] of the state.
+        batch: B of x.
+    """
+    if carried.shape[0] != batch:
+        raise ValueError(
+            f"the state is for a batch of {carried.shape[0]}, x has {batch}; use start({batch})"
+        )
+
+
+def project(
+    x: Float[Array, "B T E"],
+    projections: Sequence[Linear],
+    convs: Sequence[CausalConv],
+    states: Sequence[ConvState] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    axes: Sequence[str | None] = ("heads", "heads", "heads"),
+) -> tuple[list[Array], tuple[ConvState, ...]]:
+    """`conv_i(x W_i)` for every projection, split over the mesh by heads.
+
+    Args:
+        x: [B, T, E].
+        projections: to [B, T, heads, channels] each.
+        convs: a convolution over heads and channels for each of them, or none at all.
+        states: what the convolutions go on from; None = their starts.
+        segment_ids: document of each token; no convolution sees across a change.
+        axes: logical name of the heads of each projection.
+    Returns:
+        The outputs [B, T, heads, channels], before any activation, and the convolutions' states.
+    """
+    outputs, after = [], []
+    for i, (projection, axis) in enumerate(zip(projections, axes, strict=True)):
+        z = constrain(projection(x), ("batch", "time", axis, "kv"))
+        if convs:
+            before = None if states is None else states[i]
+            flat, state = convs[i](z.reshape(*x.shape[:2], -1), before, segment_ids=segment_ids)
+            after.append(state)
+            z = flat.reshape(z.shape)
+        outputs.append(z)
+    return outputs, tuple(after)
+
+
+def initial_weights(
+    rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs
+) -> tuple[Sequence[nnx.Param], Mapping[str, nnx.Param]]:
+    """The learned W_0 of a memory, drawn for each head, as parameters.
+
+    Args:
+        rule: the memory.
+        heads: H.
+        head_dim: dimension of keys and values.
+        rngs: the stream `params` draws the weights.
+    Returns:
+        Fast and slow parameters, each [H, ...]; `weights` reads them.
+    """
+    keys = jax.random.split(rngs.params(), heads)
+    drawn = jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
+    fast = nnx.List(nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in drawn.fast)
+    slow = nnx.Dict(
+        {
+            # no other slow weight has the axis of the outputs
+            name: nnx.Param(w, axes=("heads", "memory_out" if name in ("scale", "bias") else None))
+            for name, w in drawn.slow.items()
+        }
+    )
+    return fast, slow
+
+
+def weights(fast: Sequence[nnx.Param], slow: Mapping[str, nnx.Param]) -> miras.Weights:
+    """The arrays of `initial_weights`, as `miras.start` takes them."""
+    return miras.Weights(tuple(w[...] for w in fast), {name: w[...] for name, w in slow.items()})
+
+
+def stats(
+    surprise: Array | None, lr: Array, momentum: Array | None, retain: Array | None
+) -> MemoryStats:
+    """Means over the tokens of a call, and over channels, without gradients.
+
+    Args:
+        surprise, lr, momentum, retain: [B, T, H] or [B, T, H, channels]; None where there is none.
+    Returns:
+        A `MemoryStats` of [B, H].
+    """
+
+    def mean(z: Array | None) -> Array | None:
+        if z is None:
+            return None
+        return jax.lax.stop_gradient(jnp.mean(z, axis=(1, *range(3, z.ndim)), dtype=float))
+
+    return MemoryStats(mean(surprise), mean(lr), mean(momentum), mean(retain))
