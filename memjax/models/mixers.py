@@ -44,6 +44,12 @@ register = registry.register
 build = registry.build
 
 
+def _heads(config) -> tuple[int, int | None]:
+    """Heads of a memory and their dimension; None = dim / heads."""
+    heads = config.memory.heads or config.heads
+    return heads, config.head_dim if heads == config.heads else None
+
+
 def _attention(
     config, rngs: nnx.Rngs, window: int | None, sinks: int, persistent: int = 0
 ) -> Attention:
@@ -76,11 +82,9 @@ def swa(config, rngs: nnx.Rngs) -> Attention:
 
 
 def _memory(config, rngs: nnx.Rngs, persistent: int) -> NeuralMemory:
-    heads = config.memory.heads or config.heads
     return NeuralMemory(
         config.dim,
-        heads,
-        config.head_dim if heads == config.heads else None,
+        *_heads(config),
         rule=config.memory.build(),
         conv=config.conv,
         persistent=persistent,
@@ -152,11 +156,9 @@ def mal(config, rngs: nnx.Rngs) -> MemoryAsLayer:
 
 
 def _matrix(builder, config, rngs: nnx.Rngs, **options) -> MatrixMemory:
-    heads = config.memory.heads or config.heads
-    head_dim = config.head_dim if heads == config.heads else None
     if config.memory.value_dim is not None:
         options["value_dim"] = config.memory.value_dim
-    return builder(config.dim, heads, head_dim, rngs=rngs, **options)
+    return builder(config.dim, *_heads(config), rngs=rngs, **options)
 
 
 def _delta_family(builder, config, rngs: nnx.Rngs) -> MatrixMemory:
@@ -221,20 +223,15 @@ def mesa_net(config, rngs: nnx.Rngs) -> MatrixMemory:
 @register("rwkv7")
 def rwkv7(config, rngs: nnx.Rngs) -> RWKV7:
     """RWKV-7's time mixing."""
-    heads = config.memory.heads or config.heads
-    head_dim = config.head_dim if heads == config.heads else None
-    return RWKV7(config.dim, heads, head_dim, rngs=rngs)
+    return RWKV7(config.dim, *_heads(config), rngs=rngs)
 
 
 @register("mom")
 def mixture_of_memories(config, rngs: nnx.Rngs) -> MixtureOfMemories:
     """Mixture-of-Memories over gated delta rules, `config.memory.active` of `memory.memories`."""
-    heads = config.memory.heads or config.heads
-    head_dim = config.head_dim if heads == config.heads else None
     return MixtureOfMemories(
         config.dim,
-        heads,
-        head_dim,
+        *_heads(config),
         memories=config.memory.memories,
         active=config.memory.active,
         conv=config.conv,
@@ -246,11 +243,9 @@ def mixture_of_memories(config, rngs: nnx.Rngs) -> MixtureOfMemories:
 def tnt(config, rngs: nnx.Rngs) -> TNTMemory:
     """TNT's global and local memories: `memory.chunk`, `memory.local_chunks`, `memory.shard`."""
     memory = config.memory
-    heads = memory.heads or config.heads
     return TNTMemory(
         config.dim,
-        heads,
-        config.head_dim if heads == config.heads else None,
+        *_heads(config),
         chunk=2048 if memory.chunk is None else memory.chunk,
         local_chunks=memory.local_chunks,
         shard=memory.shard,
