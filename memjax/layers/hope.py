@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents, miras
+from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState, check_states
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
 from memjax.layers.statistics import MemoryStats
-from memjax.layers.tnt import _Weights
 from memjax.miras.forms.remat import grouped_scan
 from memjax.sharding import constrain
 from memjax.typing import Array, Bool, Float, Int, PyTree
@@ -81,12 +81,7 @@ class SelfReferentialMemory(nnx.Module):
         lr_max: float = 0.1,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(
-                    f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = shell.head_size(dim, heads, head_dim)
         projection_chunk = chunk if projection_chunk is None else projection_chunk
         if min(dim, heads, head_dim, chunk, projection_chunk) < 1 or conv < 0:
             raise ValueError(
@@ -117,8 +112,10 @@ class SelfReferentialMemory(nnx.Module):
         )
         self.rate = _Readout(heads, head_dim, initial=0.1, rngs=rngs)
         self.retain = _Readout(heads, head_dim, initial=0.999, rngs=rngs)
-        self.projections = _Weights(self.projection_rule, SOURCES * heads, head_dim, rngs=rngs)
-        self.memory = _Weights(self.rule, heads, head_dim, rngs=rngs)
+        self.projections = shell.InitialWeights(
+            self.projection_rule, SOURCES * heads, head_dim, rngs=rngs
+        )
+        self.memory = shell.InitialWeights(self.rule, heads, head_dim, rngs=rngs)
 
     def start(self, batch: int) -> SelfReferentialState:
         """The state before the first token.
@@ -154,35 +151,22 @@ class SelfReferentialMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `SelfReferentialMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         fresh = state is None
         state = self.start(x.shape[0]) if fresh else state
-        if not isinstance(state, SelfReferentialState):
-            raise TypeError(
-                f"state must be a SelfReferentialState, got {type(state).__name__}: use start(B)"
-            )
-        if state.memory.place.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.memory.place.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        shell.check_type(state, SelfReferentialState, x.shape[0])
+        shell.check_batch(state.memory.place, x.shape[0])
         check_states("SelfReferentialMemory", self.convs, state.convs, x.shape[0])
-        content, query, convs = self._project(x, state.convs, segment_ids)
-        ids = segment_ids
-        carry = (state.projections, state.memory)
+        (content, query), convs = shell.project(
+            x, (self.content, self.query), self.convs, state.convs, segment_ids, ("heads",) * 2
+        )
+        tokens = (content, unit(query), segment_ids)
         carry, (y, surprise, lr, retain) = self._in_tiles(
-            carry, (content, query, ids), whole=fresh and segment_ids is None
+            (state.projections, state.memory), tokens, whole=fresh and segment_ids is None
         )
         y = constrain(y, ("batch", "time", "heads", "kv"))
         y = self.norm(y) * jax.nn.silu(self.gate(x))
-        means = (
-            jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float)) for g in (surprise, lr, retain)
-        )
-        surprise, lr, retain = means
-        state = SelfReferentialState(*carry, convs, MemoryStats(surprise, lr, None, retain))
+        state = SelfReferentialState(*carry, convs, shell.stats(surprise, lr, None, retain))
         return constrain(self.out(y), ("batch", "time", "embed")), state
 
     def _in_tiles(self, carry, tokens, *, whole: bool):
@@ -272,20 +256,6 @@ class SelfReferentialMemory(nnx.Module):
             target = at(v)
         y, surprise, memory = miras.trace(self.rule, memory, query, k, target, gates, **options)
         return (projections, memory), (y, surprise, gates.lr, gates.retain)
-
-    def _project(self, x, convs, segment_ids):
-        """Content and queries of x, and the convolutions' states."""
-        outputs, states = [], []
-        for i, projection in enumerate((self.content, self.query)):
-            z = constrain(projection(x), ("batch", "time", "heads", "kv"))
-            if self.convs:
-                flat = z.reshape(*x.shape[:2], -1)
-                flat, conv_state = self.convs[i](flat, convs[i], segment_ids=segment_ids)
-                states.append(conv_state)
-                z = flat.reshape(z.shape)
-            outputs.append(z)
-        content, query = outputs
-        return content, unit(query), tuple(states)
 
 
 class _Bases:
@@ -448,35 +418,22 @@ class ContinuumMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `ContinuumMemory`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         state = self.start(x.shape[0]) if state is None else state
-        if not isinstance(state, ContinuumState):
-            raise TypeError(
-                f"state must be a ContinuumState, got {type(state).__name__}: use start(B)"
-            )
+        shell.check_type(state, ContinuumState, x.shape[0])
         if len(state.levels) != len(self.levels):
             raise ValueError(
                 f"the state is of a ContinuumMemory with other levels: {len(state.levels)}, here "
                 f"{len(self.levels)}; use start({x.shape[0]})"
             )
-        rows = state.levels[0].place.shape[0]
-        if rows != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {rows}, x has {x.shape[0]}; use start({x.shape[0]})"
-            )
+        shell.check_batch(state.levels[0].place, x.shape[0])
         y, after, stats = jnp.zeros_like(x), [], state.stats
         for i, (level, before) in enumerate(zip(self.levels, state.levels, strict=True)):
             found, surprise, lr, memory = level(x + y, before, segment_ids)
             y = constrain(y + found, ("batch", "time", "embed"))
             after.append(memory)
             if i == 0:
-                means = (
-                    jax.lax.stop_gradient(jnp.mean(g, axis=1, dtype=float)) for g in (surprise, lr)
-                )
-                stats = MemoryStats(*means, None, None)
+                stats = shell.stats(surprise, lr, None, None)
         return y, ContinuumState(tuple(after), stats)
 
 
@@ -490,7 +447,7 @@ class _Level(nnx.Module):
         self.key = Linear(dim, dim, axes=("embed", None), rngs=rngs)
         self.value = Linear(dim, dim, axes=("embed", None), rngs=rngs)
         self.rate = GateHead(dim, 1, initial=0.1, rngs=rngs)
-        self.weights = _Weights(self.rule, 1, dim, rngs=rngs)
+        self.weights = shell.InitialWeights(self.rule, 1, dim, rngs=rngs)
 
     def start(self, batch: int) -> miras.State:
         return miras.start(self.rule, self.weights(), batch)
@@ -566,12 +523,9 @@ class Hope(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `Hope`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {self.dim}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {x.shape[:2]}")
-        if state is not None and not isinstance(state, HopeState):
-            raise TypeError(f"state must be a HopeState, got {type(state).__name__}: use start(B)")
+        shell.check_inputs(x, self.dim, segment_ids, positions)
+        if state is not None:
+            shell.check_type(state, HopeState, x.shape[0])
         titans, continuum = (None, None) if state is None else state
         o, titans = self.titans(x, titans, segment_ids=segment_ids)
         y, continuum = self.continuum(o, continuum, segment_ids=segment_ids)

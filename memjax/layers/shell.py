@@ -131,6 +131,21 @@ def weights(fast: Sequence[nnx.Param], slow: Mapping[str, nnx.Param]) -> miras.W
     return miras.Weights(tuple(w[...] for w in fast), {name: w[...] for name, w in slow.items()})
 
 
+class InitialWeights(nnx.Module):
+    """The learned W_0 of one of a layer's memories, for every head.
+
+    Args:
+        rule, heads, head_dim, rngs: see `initial_weights`.
+    """
+
+    def __init__(self, rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs):
+        self.fast, self.slow = initial_weights(rule, heads, head_dim, rngs=rngs)
+
+    def __call__(self) -> miras.Weights:
+        """The arrays, as `miras.start` takes them."""
+        return weights(self.fast, self.slow)
+
+
 def stats(
     surprise: Array | None, lr: Array, momentum: Array | None, retain: Array | None
 ) -> MemoryStats:

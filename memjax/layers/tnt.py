@@ -115,7 +115,8 @@ class TNTMemory(nnx.Module):
             GateHead(dim, heads, initial=0.1, rngs=rngs) for _ in range(1 + len(local_chunks))
         )
         self.memories = nnx.List(
-            _Weights(self.rule, heads, head_dim, rngs=rngs) for _ in range(1 + len(local_chunks))
+            shell.InitialWeights(self.rule, heads, head_dim, rngs=rngs)
+            for _ in range(1 + len(local_chunks))
         )
 
     def start(self, batch: int) -> TNTState:
@@ -220,13 +221,3 @@ class TNTMemory(nnx.Module):
         outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
         q, k, v = map(jax.nn.silu, outputs)
         return unit(q), unit(k), v, states
-
-
-class _Weights(nnx.Module):
-    """The learned initial weights of one memory, for every head."""
-
-    def __init__(self, rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs):
-        self.fast, self.slow = shell.initial_weights(rule, heads, head_dim, rngs=rngs)
-
-    def __call__(self) -> miras.Weights:
-        return shell.weights(self.fast, self.slow)

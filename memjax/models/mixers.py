@@ -260,11 +260,9 @@ def tnt(config, rngs: nnx.Rngs) -> TNTMemory:
 def self_referential_titans(config, rngs: nnx.Rngs) -> SelfReferentialMemory:
     """HOPE's memory: its keys, values and gates are answers of memories that learn too."""
     memory = config.memory
-    heads = memory.heads or config.heads
     return SelfReferentialMemory(
         config.dim,
-        heads,
-        config.head_dim if heads == config.heads else None,
+        *_heads(config),
         chunk=64 if memory.chunk is None else memory.chunk,
         projection_chunk=memory.projection_chunk,
         expansion=4 if memory.expansion is None else memory.expansion,
