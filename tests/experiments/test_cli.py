@@ -136,6 +136,8 @@ def test_overrides_need_a_file():
         "titans.py:smoke",
         "compare.py:smoke",
         "ablation.py:smoke",
+        "tnt.py:smoke",
+        "tnt.py",
         "quickstart.py",
     ],
 )

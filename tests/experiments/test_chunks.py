@@ -1,0 +1,54 @@
+"""The curve of chunks, end to end: both stages, going on, what it refuses."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def script(tmp_path, *arguments, config="configs/tnt.py:smoke"):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-scripts"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [
+        sys.executable, "experiments/chunks.py", f"--config={config}", "--seeds=0",
+        "--chunks=8,4", "--stage_two=4", f"--workdir={tmp_path}", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+def test_both_stages_are_measured_at_every_chunk_and_not_trained_twice(tmp_path):
+    first = script(tmp_path)
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((tmp_path / "chunks.json").read_text())
+    assert [(row["stage"], row["trained"], row["chunk"], row["step"]) for row in rows] == [
+        (1, 8, 8, 4), (1, 8, 4, 4), (2, 4, 8, 5), (2, 4, 4, 5)
+    ]  # fmt: skip
+    values = [row["bits_per_byte"] for row in rows]
+    assert all(0 < value < 12 for value in values)
+    assert len(set(values)) == 4  # chunks and stages are not the same model
+    assert (tmp_path / "chunks.png").stat().st_size > 1000
+    assert f"| stage 2, trained at 4 | {values[3]:.3f} | {values[2]:.3f} |" in first.stdout
+    saved = {
+        path: path.stat().st_mtime for path in tmp_path.rglob("*") if "checkpoints" in str(path)
+    }
+    again = script(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "chunks.json").read_text()) == rows
+    assert saved == {path: path.stat().st_mtime for path in saved}
+
+
+def test_more_than_one_local_memory_is_refused(tmp_path):
+    result = script(tmp_path, config="configs/compare.py:lmm_smoke")
+    assert result.returncode != 0
+    assert "one local memory" in result.stderr
+    assert "Traceback" not in result.stderr
