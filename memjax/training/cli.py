@@ -27,6 +27,7 @@ HELP = (
     " can be overridden: --config.train.lr=1e-3, --config.mesh.data=8,"
     " --config.model.pattern=mac,transformer"
 )
+TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -48,7 +49,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def define_config(*, of_training: bool = True) -> flags.FlagHolder:
-    """Defines `--config` and its overrides, and `--traceback`.
+    """Defines `--config` and its overrides.
 
     Args:
       of_training: its fields are those of `complete`; `--help` lists them without a file too.
@@ -56,7 +57,6 @@ def define_config(*, of_training: bool = True) -> flags.FlagHolder:
     Returns:
       The holder of the configuration, which is None without `--config`.
     """
-    flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
     holder = config_flags.DEFINE_config_file("config", None, HELP)
     flags.FLAGS["config"].parser = _ConfigParser(of_training)
     return holder
@@ -224,7 +224,7 @@ def run(main: Callable[[], Any]) -> None:
         try:
             return main()
         except USER_ERRORS as error:
-            if flags.FLAGS.traceback:
+            if TRACEBACK.value:
                 raise
             full = isinstance(error, OSError) and error.errno in disk.NUMBERS
             hint = "; make room and run the same command again" if full else ""
