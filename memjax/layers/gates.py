@@ -19,6 +19,7 @@ class GateHead(nnx.Module):
         heads: H.
         channels: gates of each head; None: one, without an axis of its own.
         initial: value of the gate at the start, between 0 and 1.
+        axis: logical name of the heads; None leaves them whole on every device.
         rngs: the stream `params` draws the weight, at a tenth of the usual deviation.
     Raises:
         ValueError: `initial` is not between 0 and 1, or a size below 1.
@@ -31,12 +32,13 @@ class GateHead(nnx.Module):
         *,
         channels: int | None = None,
         initial: float,
+        axis: str | None = "heads",
         rngs: nnx.Rngs,
     ):
         if not 0 < initial < 1:
             raise ValueError(f"GateHead initial {initial} must be between 0 and 1")
         shape = heads if channels is None else (heads, channels)
-        axes = ("embed", "heads") if channels is None else ("embed", "heads", None)
+        axes = ("embed", axis) if channels is None else ("embed", axis, None)
         self.linear = Linear(dim, shape, axes=axes, bias=True, rngs=rngs)
         self.linear.weight[...] *= 0.1
         self.linear.bias[...] += jnp.log(initial / (1 - initial))

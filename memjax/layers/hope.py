@@ -446,8 +446,9 @@ class _Level(nnx.Module):
         self.norm = RMSNorm(dim, rngs=rngs)
         self.key = Linear(dim, dim, axes=("embed", None), rngs=rngs)
         self.value = Linear(dim, dim, axes=("embed", None), rngs=rngs)
-        self.rate = GateHead(dim, 1, initial=0.1, rngs=rngs)
-        self.weights = shell.InitialWeights(self.rule, 1, dim, rngs=rngs)
+        self.rate = GateHead(dim, 1, initial=0.1, axis=None, rngs=rngs)
+        axes = (None, "embed", "memory_hidden"), (None, "memory_hidden", "embed")
+        self.weights = shell.InitialWeights(self.rule, 1, dim, axes=axes, rngs=rngs)
 
     def start(self, batch: int) -> miras.State:
         return miras.start(self.rule, self.weights(), batch)

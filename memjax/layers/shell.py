@@ -101,7 +101,12 @@ def project(
 
 
 def initial_weights(
-    rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs
+    rule: miras.Rule,
+    heads: int,
+    head_dim: int,
+    *,
+    axes: Sequence[Sequence[str | None]] | None = None,
+    rngs: nnx.Rngs,
 ) -> tuple[Sequence[nnx.Param], Mapping[str, nnx.Param]]:
     """The learned W_0 of a memory, drawn for each head, as parameters.
 
@@ -109,13 +114,16 @@ def initial_weights(
         rule: the memory.
         heads: H.
         head_dim: dimension of keys and values.
+        axes: logical names of each fast weight; None splits them by heads.
         rngs: the stream `params` draws the weights.
     Returns:
         Fast and slow parameters, each [H, ...]; `weights` reads them.
     """
     keys = jax.random.split(rngs.params(), heads)
     drawn = jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
-    fast = nnx.List(nnx.Param(w, axes=("heads", "memory_in", "memory_out")) for w in drawn.fast)
+    if axes is None:
+        axes = [("heads", "memory_in", "memory_out")] * len(drawn.fast)
+    fast = nnx.List(nnx.Param(w, axes=names) for w, names in zip(drawn.fast, axes, strict=True))
     slow = nnx.Dict(
         {
             # no other slow weight has the axis of the outputs
@@ -135,11 +143,19 @@ class InitialWeights(nnx.Module):
     """The learned W_0 of one of a layer's memories, for every head.
 
     Args:
-        rule, heads, head_dim, rngs: see `initial_weights`.
+        rule, heads, head_dim, axes, rngs: see `initial_weights`.
     """
 
-    def __init__(self, rule: miras.Rule, heads: int, head_dim: int, *, rngs: nnx.Rngs):
-        self.fast, self.slow = initial_weights(rule, heads, head_dim, rngs=rngs)
+    def __init__(
+        self,
+        rule: miras.Rule,
+        heads: int,
+        head_dim: int,
+        *,
+        axes: Sequence[Sequence[str | None]] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.fast, self.slow = initial_weights(rule, heads, head_dim, axes=axes, rngs=rngs)
 
     def __call__(self) -> miras.Weights:
         """The arrays, as `miras.start` takes them."""

@@ -127,9 +127,10 @@ def test_parameters_name_their_axes():
     assert axes(functools.partial(continuum, periods=(3,))) == {
         "levels.0.norm.scale": ("embed",),
         **{f"levels.0.{name}.weight": ("embed", None) for name in ("key", "value")},
-        "levels.0.rate.linear.weight": ("embed", "heads"),
-        "levels.0.rate.linear.bias": ("heads",),
-        **{f"levels.0.weights.fast.{i}": fast for i in range(2)},
+        "levels.0.rate.linear.weight": ("embed", None),
+        "levels.0.rate.linear.bias": (None,),
+        "levels.0.weights.fast.0": (None, "embed", "memory_hidden"),
+        "levels.0.weights.fast.1": (None, "memory_hidden", "embed"),
     }
 
 

@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 
 from memjax import sharding
-from memjax.layers import RWKV7, MixtureOfMemories, TNTMemory, matrix_memory
+from memjax.layers import (
+    RWKV7,
+    ContinuumMemory,
+    Hope,
+    MixtureOfMemories,
+    SelfReferentialMemory,
+    TNTMemory,
+    matrix_memory,
+)
 from tests.contracts.scenes import float64
 
 DIM, HEADS, BATCH, TIME = 8, 4, 4, 4
@@ -38,6 +46,13 @@ LAYERS = {
 WHERE = [(name, "mixed") for name in LAYERS] + [("mamba2", "heads"), ("delta_net", "heads")]
 
 
+def hope():
+    """HOPE, whose heads are of two modules and whose continuum is split by hidden units."""
+    sizes = {"chunk": 2, "projection_chunk": 1, "expansion": 2, "conv": 3}
+    titans = SelfReferentialMemory(DIM, HEADS, 2, **sizes, rngs=nnx.Rngs(0))
+    return Hope(titans, ContinuumMemory(DIM, periods=(2,), expansion=2, rngs=nnx.Rngs(1)))
+
+
 def inputs():
     """Documents begin at a place of its own in every row."""
     ids = np.where(np.arange(TIME) < np.arange(1, 1 + BATCH)[:, None], 1, 2)
@@ -47,7 +62,7 @@ def inputs():
 @functools.cache
 def on_one_device(name):
     """A function of (parameters, x, ids), random parameters, and what one device makes of them."""
-    module = nnx.eval_shape(LAYERS[name])
+    module = nnx.eval_shape(hope if name == "hope" else LAYERS[name])
     graphdef, shapes = nnx.split(module, nnx.Param)
     random = np.random.default_rng(1)
     params = jax.tree.map(lambda w: jnp.asarray(0.6 * random.normal(size=w.shape)), shapes)
@@ -105,3 +120,22 @@ def test_values_and_gradients_are_those_of_one_device(name, layout):
         )
         with pytest.raises(AssertionError):
             jax.tree.map(close, on_mesh(run, changed, mesh), alone)
+
+
+@float64
+def test_hope_is_that_of_one_device():
+    run, params, alone = on_one_device("hope")
+    mesh = sharding.make_mesh(**MESHES["mixed"])
+    sharded = on_mesh(run, params, mesh)
+    jax.tree.map(close, sharded, alone)
+    gradients, (_, state) = sharded
+    heads = HEADS // mesh.shape["tensor"]
+    weight = gradients[0]["titans"]["content"]["weight"].get_value()
+    assert held(weight) == (DIM // mesh.shape["fsdp"], heads, 2)
+    rows = BATCH // mesh.shape["fsdp"]
+    assert held(state.titans.memory.weights[0])[:2] == (rows, heads)
+    assert held(state.titans.projections.weights[0])[:2] == (rows, 4 * heads)
+    level = gradients[0]["continuum"]["levels"][0]["weights"]["fast"][0].get_value()
+    hidden = 2 * DIM // mesh.shape["tensor"]
+    assert held(level) == (1, DIM // mesh.shape["fsdp"], hidden)
+    assert held(state.continuum.levels[0].weights[0])[0] == rows
