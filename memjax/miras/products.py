@@ -6,12 +6,14 @@ logarithms loses more: at gates of 0.01 over 64 tokens 2e-5 in single precision)
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memjax.miras.precision import matmul
-from memjax.typing import Array, Bool, Float
+from memjax.typing import Array, Bool, Float, Int
 
 
 def segment_products(gate: Float[Array, "C *K"], same: Bool[Array, "C C"]) -> Float[Array, "..."]:
@@ -69,60 +71,152 @@ def following_products(gate: Float[Array, "C *K"]) -> Float[Array, "C *K"]:
     return jax.lax.associative_scan(jnp.multiply, after, reverse=True)
 
 
-def decayed_scores(
-    x: Float[Array, "C K"],
-    y: Float[Array, "C K"],
+class Decayed(NamedTuple):
+    """Rows x and y of a tile under decay, for M sets of x and L of y (arrays or sequences of them).
+
+    With `P[i, j] = prod_{j < m <= i} gate_m` (where not inclusive, without m = i) for each channel
+    c, and `P[i, 0]` from the beginning of the tile, or of i's document in it:
+
+    Attributes:
+        scores: `sum_c x[i, c] P_c[i, j] y[j, c]` for j < i, and j = i where inclusive, in one
+            document; what stands elsewhere is not defined.
+        reads: `x[i] P[i, 0]`.
+        writes: `P[C, j] y[j]`, C the last token, for j in its document; elsewhere not defined.
+        kept: `P[C, 0]`.
+    """
+
+    scores: Float[Array, "L M C C"]
+    reads: Float[Array, "M C K"]
+    writes: Float[Array, "L C K"]
+    kept: Float[Array, " K"]
+
+
+def decayed(
+    x: Sequence[Float[Array, "C K"]],
+    y: Sequence[Float[Array, "C K"]],
     gate: Float[Array, "C K"],
-    inclusive: bool,
+    inclusive: Sequence[bool],
+    document: Int[Array, " C"],
     compute: jnp.dtype,
-) -> Float[Array, "C C"]:
-    """`s[i, j] = sum_c x[i, c] P_c[i, j] y[j, c]` with channel-wise decay, j < i (and j = i).
+) -> Decayed:
+    """All that a tile with channel-wise decay needs, see `Decayed`.
 
     By doubling blocks: between two neighbours the decay is that to the end of the left one times
     that from the beginning of the right one, neither above 1, so their scores are one product of
     rows that have been scaled. Nothing of size C C K is formed, and no quotient of gates.
 
     Args:
-        x, y: rows.
+        x, y: sets of rows.
         gate: factors in [0, 1].
-        inclusive: whether `P[i, j] = prod_{j < m <= i} gate_m`, or the same without m = i (then
-            s[i, i] is not defined).
+        inclusive: one for each set of x.
+        document: number of each token's document.
         compute: dtype of the operands of the products.
-    Returns:
-        [C, C]; zero above the diagonal.
     """
-    count, channels = x.shape
-    wide = 1 << (count - 1).bit_length()
-    pad = ((0, wide - count), (0, 0))
-    x, y = jnp.pad(x, pad), jnp.pad(y, pad)
-    gate = jnp.pad(gate, pad, constant_values=1)
-    scores = jnp.sum(x * y, axis=-1)[:, None, None]
-    # Of each token, the decay from the beginning of its block and to the end of it; over the block.
-    into = gate if inclusive else jnp.ones_like(gate)
-    out, over = jnp.ones_like(gate), gate
-    size = 1
-    while size < wide:
-        halves = (-1, 2, size, channels)
-        x_right, y_left = x.reshape(halves)[:, 1], y.reshape(halves)[:, 0]
-        into, out, over = into.reshape(halves), out.reshape(halves), over.reshape(-1, 2, channels)
-        across = _scores(x_right * into[:, 1], y_left * out[:, 0], compute)
+    count = gate.shape[0]
+    more = (1 << (count - 1).bit_length()) - count
+    own = jnp.stack([jnp.stack([jnp.sum(a * b, axis=-1) for a in x]) for b in y])
+    x = jnp.stack([gate * a if last else a for a, last in zip(x, inclusive, strict=True)], axis=1)
+    x, y = (jnp.pad(z, ((0, more), (0, 0), (0, 0))) for z in (x, jnp.stack(y, axis=1)))
+    gate = jnp.pad(gate, ((0, more), (0, 0)), constant_values=1)
+    document = jnp.pad(document, (0, more), mode="edge")
+    scores, reads, writes, kept = _decayed(x, y, gate, document, compute)
+    scores = jnp.transpose(scores[:count, :, :count], (3, 1, 0, 2))
+    scores = jnp.where(jnp.eye(count, dtype=bool), own[..., None], scores)
+    reads, writes = (jnp.moveaxis(z[:count], 1, 0) for z in (reads, writes))
+    return Decayed(scores, reads, writes, kept)
+
+
+class _Pairs(NamedTuple):
+    """Blocks of 1, 2, 4, ... tokens in pairs, a right one after a left one.
+
+    x is scaled by the gates from the beginning of its block, or of its document there, to the token
+    before; y by those behind the token to the end of its block, but for a document that ends there.
+    """
+
+    x: Float[Array, "N S M K"]  # of the right one
+    y: Float[Array, "N S L K"]  # of the left one
+    over: Float[Array, "N 2 1 1 K"]  # product over each, from the last start of a document in it
+    same: Bool[Array, "N S 1 1"]  # whether tokens of the right are of the left's last document
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _decayed(
+    x: Float[Array, "C M K"],
+    y: Float[Array, "C L K"],
+    gate: Float[Array, "C K"],
+    document: Int[Array, " C"],
+    compute: jnp.dtype,
+) -> tuple[Array, Array, Array, Array]:
+    """(scores [C, M, C, L], reads, writes, kept) for C a power of two, all not inclusive.
+
+    The derivative is written out: one by the rules pads the halves of every level to wholes, and
+    sums them up in loops over all levels at once, which takes several times as long.
+    """
+    levels, reads, writes, kept = _levels(x, y, gate, document)
+    scores = jnp.zeros((x.shape[0], 1, x.shape[1], 1, y.shape[1]), x.dtype)
+    for pair in levels:
+        across = matmul(_rows(pair.x), jnp.swapaxes(_rows(pair.y), 1, 2), compute=compute)
+        across = across.reshape(*pair.x.shape[:3], *pair.y.shape[1:3])
         left, right = scores[0::2], scores[1::2]
-        top = jnp.concatenate([left, jnp.zeros_like(left)], axis=2)
-        scores = jnp.concatenate([top, jnp.concatenate([across, right], axis=2)], axis=1)
-        ones = jnp.ones_like(over[:, 0])
-        into = into * jnp.stack([ones, over[:, 0]], axis=1)[:, :, None]
-        out = out * jnp.stack([over[:, 1], ones], axis=1)[:, :, None]
-        over = over[:, 0] * over[:, 1]
+        top = jnp.concatenate([left, jnp.zeros_like(left)], axis=3)
+        below = jnp.concatenate([across, right], axis=3)
+        scores = jnp.concatenate([top, below], axis=1)
+    return scores[0], reads, writes, kept
+
+
+def _levels(x, y, gate, document) -> tuple[list[_Pairs], Array, Array, Array]:
+    """Every level of blocks, and x, y and the product of gates over the whole."""
+    levels, size, over, shapes = [], 1, gate, (x.shape, y.shape)
+    while size < gate.shape[0]:
+        x, y = (z.reshape(-1, 2, size, *z.shape[-2:]) for z in (x, y))
+        over = over.reshape(-1, 2, 1, 1, over.shape[-1])
+        number = document.reshape(-1, 2, size, 1, 1)
+        same = number[:, 1] == number[:, 0, -1:]
+        levels.append(_Pairs(x[:, 1], y[:, 0], over, same))
+        # Whole blocks times 1 or the other's product: no halves to put together.
+        right = jnp.arange(2)[:, None, None, None] == 1
+        x = x * jnp.where(right & same[:, None], over[:, :1], 1)
+        y = y * jnp.where(right, 1, over[:, 1:])
+        over = over[:, 1] * jnp.where(same[:, -1:], over[:, 0], 1)
         size *= 2
-    return scores[0, :count, :count]
+    x, y = (z.reshape(shape) for z, shape in zip((x, y), shapes, strict=True))
+    return levels, x, y, over.reshape(-1)
 
 
-def _scores(x: Float[Array, "N S K"], y: Float[Array, "N S K"], compute) -> Float[Array, "N S S"]:
-    """Products of rows; of few rows as sums, which compile to plain loops."""
-    if x.shape[1] <= 2:
-        rounded = x.astype(compute).astype(x.dtype), y.astype(compute).astype(y.dtype)
-        return jnp.sum(rounded[0][:, :, None] * rounded[1][:, None], axis=-1)
-    return matmul(x, jnp.swapaxes(y, -1, -2), compute=compute)
+def _rows(x: Float[Array, "N S M K"]) -> Float[Array, "N S*M K"]:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _decayed_forward(x, y, gate, document, compute):
+    return _decayed(x, y, gate, document, compute), (x, y, gate, document)
+
+
+def _decayed_backward(compute, residuals, cotangents):
+    x, y, gate, document = residuals
+    # From the whole to its halves: by x, y and over as each level has scaled them.
+    by_scores, by_x, by_y, by_over = (z[None] for z in cotangents)
+    for pair in reversed(_levels(x, y, gate, document)[0]):
+        pairs, size, sets, _ = pair.x.shape
+        across = by_scores[:, size:, :, :size].reshape(pairs, size * sets, -1)
+        halves = by_scores[:, :size, :, :size], by_scores[:, size:, :, size:]
+        by_scores = jnp.stack(halves, axis=1).reshape(-1, *halves[0].shape[1:])
+        by_x, by_y = (z.reshape(pairs, 2, size, *z.shape[-2:]) for z in (by_x, by_y))
+        by_over = by_over.reshape(pairs, 1, 1, -1)
+        left, right = pair.over[:, 0], pair.over[:, 1]
+        into = jnp.where(pair.same, left, 1)
+        by_left = jnp.sum(jnp.where(pair.same, by_x[:, 1] * pair.x, 0), (1, 2), keepdims=True)
+        by_left += jnp.where(pair.same[:, -1:], by_over * right, 0)
+        by_right = jnp.sum(by_y[:, 0] * pair.y, axis=(1, 2), keepdims=True)
+        by_right += by_over * into[:, -1:]
+        by_over = jnp.stack([by_left, by_right], axis=1)
+        found = matmul(across, _rows(pair.y), compute=compute).reshape(pair.x.shape)
+        by_x = jnp.stack([by_x[:, 0], by_x[:, 1] * into + found], axis=1)
+        found = matmul(jnp.swapaxes(across, 1, 2), _rows(pair.x), compute=compute)
+        by_y = jnp.stack([by_y[:, 0] * right + found.reshape(pair.y.shape), by_y[:, 1]], axis=1)
+    return by_x.reshape(x.shape), by_y.reshape(y.shape), by_over.reshape(gate.shape), None
+
+
+_decayed.defvjp(_decayed_forward, _decayed_backward)
 
 
 @jax.custom_vjp

@@ -73,24 +73,81 @@ def test_the_inverse_where_powers_grow():
     assert_close(inverse, want, 1e-6)
 
 
-@pytest.mark.parametrize("inclusive", [True, False])
+def _decayed_rows(count):
+    """Sets of rows x and y, gates of which some are 0 and some all but 0, and three documents."""
+    random = np.random.default_rng(count)
+    x, y = random.normal(size=(2, 2, count, 3))
+    gate = random.uniform(0, 1, (count, 3)) * (random.uniform(size=(count, 3)) > 0.1)
+    gate[1::5] = np.exp(-20)
+    document = np.arange(count) // (count // 3 + 1)
+    return x, y, gate, document
+
+
+def _decayed(x, y, gate, document):
+    """What `products.decayed` gives where it is defined, and 0 elsewhere."""
+    found = products.decayed(
+        tuple(x), tuple(y), gate, (True, False), document, np.dtype(np.float64)
+    )
+    same = document[:, None] == document[None, :]
+    masks = jnp.stack([jnp.tril(same), jnp.tril(same, -1)])
+    last = (document == document[-1])[:, None]
+    scores, writes = jnp.where(masks, found.scores, 0), jnp.where(last, found.writes, 0)
+    return scores, found.reads, writes, found.kept
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 33])
 @float64
-def test_the_decayed_scores(count, inclusive):
-    random = np.random.default_rng(count)
-    x, y = random.normal(size=(2, count, 3))
-    gate = random.uniform(0, 1, (count, 3)) * (random.uniform(size=(count, 3)) > 0.1)  # some are 0
-    got = products.decayed_scores(
-        jnp.asarray(x), jnp.asarray(y), jnp.asarray(gate), inclusive, np.dtype(np.float64)
-    )
-    want = np.zeros((count, count))
+def test_products_of_rows_under_channelwise_decay(count):
+    x, y, gate, document = _decayed_rows(count)
+    scores, reads = np.zeros((2, 2, count, count)), np.zeros_like(x)
+    writes, first = np.zeros_like(y), np.searchsorted(document, document)
     for i in range(count):
-        for j in range(i + inclusive):
-            passed = gate[j + 1 : i + inclusive].prod(axis=0)
-            want[i, j] = (x[i] * passed * y[j]).sum()
-    if not inclusive:
-        got = jnp.tril(got, -1)
-    assert_close(got, want, 1e-12)
+        for m, end in enumerate((i + 1, i)):  # with the gate of i and without
+            reads[m, i] = x[m, i] * gate[first[i] : end].prod(axis=0)
+            for j in range(first[i], end):
+                passed = gate[j + 1 : end].prod(axis=0)
+                scores[:, m, i, j] = (x[m, i] * passed * y[:, j]).sum(axis=-1)
+        if document[i] == document[-1]:
+            writes[:, i] = y[:, i] * gate[i + 1 :].prod(axis=0)
+    kept = gate[first[-1] :].prod(axis=0)
+    got = jax.jit(_decayed)(x, y, gate, document)
+    assert_close(got, (scores, reads, writes, kept), 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16])
+@float64
+def test_derivatives_under_channelwise_decay(count):
+    """Exact where a gate is 0, of first and second order: as of plain products in their place."""
+    x, y, gate, document = (jnp.asarray(z) for z in _decayed_rows(count))
+
+    def plain(x, y, gate):
+        same, first = document[:, None] == document[None, :], jnp.diff(document, prepend=-1) != 0
+        between = products.segment_products(gate, same)
+        prefix = products.prefix_products(between, gate, first)
+        above = jnp.where(first[:, None], 1, jnp.roll(prefix, 1, axis=0))
+        earlier = jnp.roll(between, 1, axis=0) * jnp.tril(same, -1)[..., None]
+        scores = jnp.stack(
+            [jnp.einsum("ik,ijk,ljk->lij", *z, y) for z in ((x[0], between), (x[1], earlier))], 1
+        )
+        return scores, jnp.stack([prefix, above]) * x, between[-1] * y, prefix[-1]
+
+    random = np.random.default_rng(0)
+    weights = [jnp.asarray(random.normal(size=z.shape)) for z in plain(x, y, gate)]
+    along = [jnp.asarray(random.normal(size=z.shape)) for z in (x, y, gate)]
+
+    def derivatives(form):
+        def total(*rows):
+            return sum(jnp.vdot(w, z**2) for w, z in zip(weights, form(*rows), strict=True))
+
+        def slope(*rows):
+            found = jax.grad(total, argnums=(0, 1, 2))(*rows)
+            return sum(jnp.vdot(a, b) for a, b in zip(along, found, strict=True)), found
+
+        second, first = jax.jit(jax.grad(slope, argnums=(0, 1, 2), has_aux=True))(x, y, gate)
+        return first, second
+
+    got = derivatives(lambda x, y, gate: _decayed(x, y, gate, document))
+    assert_close(got, derivatives(plain), 1e-11)
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "kda", "gla"])

@@ -31,7 +31,8 @@ from memjax.miras.bias import dot, l2
 from memjax.miras.learner import gd, implicit
 from memjax.miras.precision import matmul
 from memjax.miras.products import (
-    decayed_scores,
+    Decayed,
+    decayed,
     following_products,
     restarting_products,
     segment_products,
@@ -40,7 +41,7 @@ from memjax.miras.products import (
 from memjax.miras.retention import decay, none
 from memjax.miras.rule import Gates, Rule, State
 from memjax.miras.structure import matrix
-from memjax.typing import Array, Bool, Float
+from memjax.typing import Array, Float
 
 BLOCK = 64  # tokens a tile, unless asked for
 
@@ -142,80 +143,51 @@ def run(
 def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, compute, loss) -> Run:
     """The `Run` of one tile and head: q, k [C, K], v [C, V], gates [C] (retain also [C, K])."""
     dtype = begin.dtype
-    count = live.shape[0]
-    order = jnp.arange(count)
+    order = jnp.arange(live.shape[0])
     same = document[:, None] == document[None, :]
-    last = document == document[-1]
-    first = jnp.diff(document, prepend=document[:1] - 1) != 0
-    lr = jnp.where(live.reshape(-1, *[1] * (gates.lr.ndim - 1)), gates.lr, 0)
-    wide_k, wide_q = (rule.structure.mapped(slow, z.astype(dtype)) for z in (k, q))
-    wide_v = v.astype(dtype)
     lower = same & (order[:, None] >= order[None, :])
     strict = same & (order[:, None] > order[None, :])
+    lr = jnp.where(_beside(live, gates.lr), gates.lr, 0)
     retain = gates.retain
     if retain is not None:
-        retain = jnp.where(live.reshape(-1, *[1] * (retain.ndim - 1)), retain, 1)
+        retain = jnp.where(_beside(live, retain), retain, 1)
+    wide_k, wide_q = (rule.structure.mapped(slow, z.astype(dtype)) for z in (k, q))
+    wide_v = v.astype(dtype)
 
-    def spread(gate):  # [C] or [C, K] beside [C, K]
-        return gate if gate.ndim == 2 else gate[:, None]
+    learns_errors = isinstance(rule.bias, l2)
+    after = rule.read == "after"
+    asked, inclusive = (wide_q,), (after,)
+    masks = [lower if after else strict]
+    if learns_errors or loss:
+        asked, inclusive = (wide_q, wide_k), (after, rule.retention.first)
+        masks.append(strict)
+    rows = (wide_k,)
+    if rule.learner.exchanges:
+        rows, lr = (lr * wide_k, jnp.where(live[:, None], gates.write, 0)), None
+    form = _by_channel if retain is not None and retain.ndim == 2 else _by_head
+    found = form(asked, rows, lr, retain, inclusive, document, compute)
+    scores = [[jnp.where(m, s, 0) for m, s in zip(masks, by, strict=True)] for by in found.scores]
+    writes = [jnp.where(_beside(document == document[-1], w), w, 0) for w in found.writes]
 
-    def shift(x):  # of the token before in the document, 1 where there is none
-        above = jnp.concatenate([jnp.ones_like(x[:1]), x[:-1]])
-        return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), 1, above)
-
-    def reads(x, decayed: bool):
-        """x_i P[i, 0], the decay of token i included or not."""
-        if retain is None:
-            return x
-        return spread(prefixes if decayed else shift(prefixes)) * x
-
-    def scored(x, rows, decayed: bool, mask: Bool[Array, "C C"]):
-        """x_i P rows_j under the mask, for a scalar rate times lr_j."""
-        if retain is None:
-            scores = matmul(x, rows.T, compute=compute)
-        elif retain.ndim == 1:
-            between = kept if decayed else jnp.concatenate([jnp.zeros_like(kept[:1]), kept[:-1]])
-            scores = between * matmul(x, rows.T, compute=compute)
-        else:
-            scores = decayed_scores(x, rows, retain, decayed, compute)
-        scores = jnp.where(mask, scores, 0)
-        return scores if exchanges else scores * lr
-
-    def written(rows):
-        """What a row of each token is at the tile's end, of the last document alone."""
-        rows = jnp.where(last[:, None], rows if exchanges else rows * lr[:, None], 0)
-        return rows if retain is None else rows * spread(following_products(retain))
-
-    exchanges = rule.learner.exchanges
-    erased = lr * wide_k if exchanges else wide_k
-
-    if retain is not None:
-        prefixes = restarting_products(retain, first)
-        kept = segment_products(retain, same) if retain.ndim == 1 else None
-    after, mask = (True, lower) if rule.read == "after" else (False, strict)
-    queries, scores = reads(wide_q, after), scored(wide_q, erased, after, mask)
+    queries, *asked = found.reads
     in_progress = (document == 0)[:, None]
     begun, predicts, values, solved = None, None, wide_v, jnp.zeros_like(wide_k)
     added = None
     if restarts:
         begun = matmul(jnp.where(in_progress, 0, queries), begin, compute=compute)
         queries = jnp.where(in_progress, queries, 0)
-    if exchanges:
-        keys = jnp.where(live[:, None], gates.write, 0)
-        found = matmul(scored(wide_q, keys, after, mask), wide_v, compute=compute)
-        begun = found if begun is None else begun + found
-        added = matmul(written(keys).T, wide_v, compute=compute)
-    learns_errors = isinstance(rule.bias, l2)
+    if rule.learner.exchanges:
+        of_keys = matmul(scores[1][0], wide_v, compute=compute)
+        begun = of_keys if begun is None else begun + of_keys
+        added = matmul(writes[1].T, wide_v, compute=compute)
     if learns_errors or loss:
-        first_decayed = rule.retention.first
-        asked, system = reads(wide_k, first_decayed), scored(wide_k, erased, first_decayed, strict)
+        (asked,), system = asked, scores[0][1]
         known = jnp.zeros_like(wide_v)
         if restarts:
             known = matmul(jnp.where(in_progress, 0, asked), begin, compute=compute)
             asked = jnp.where(in_progress, asked, 0)
-        if exchanges:
-            scores_of_keys = scored(wide_k, keys, first_decayed, strict)
-            known = known + matmul(scores_of_keys, wide_v, compute=compute)
+        if rule.learner.exchanges:
+            known = known + matmul(scores[1][1], wide_v, compute=compute)
             values = jnp.zeros_like(wide_v)
         if learns_errors:
             inverse = unit_lower_inverse(system)
@@ -223,7 +195,40 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
             solved = matmul(inverse, asked, compute=dtype)
         else:
             predicts = (asked, system, known)
-    return Run(
-        values, solved, queries, scores, written(erased), added,
-        None if retain is None else prefixes[-1], begun, predicts,
-    )  # fmt: skip
+    return Run(values, solved, queries, scores[0][0], writes[0], added, found.kept, begun, predicts)
+
+
+def _by_channel(asked, rows, lr, retain, inclusive, document, compute) -> Decayed:
+    """Queries and keys `asked` against `rows` times lr, with channel-wise decay."""
+    if lr is not None:
+        rows = [lr[:, None] * y for y in rows]
+    return decayed(asked, rows, retain, inclusive, document, compute)
+
+
+def _by_head(asked, rows, lr, retain, inclusive, document, compute) -> Decayed:
+    """The same with one gate a head, or none: `kept` is a number, or None."""
+    scores = [[matmul(x, y.T, compute=compute) for x in asked] for y in rows]
+    kept, reads, writes = None, asked, rows
+    if retain is not None:
+        same = document[:, None] == document[None, :]
+        first = jnp.diff(document, prepend=document[:1] - 1) != 0
+        prefix, between = restarting_products(retain, first), segment_products(retain, same)
+        kept = prefix[-1]
+        # Before its own decay a token stands where the one above it in the document does after.
+        above = jnp.concatenate([jnp.ones_like(prefix[:1]), prefix[:-1]])
+        above = jnp.where(first, 1, above)
+        earlier = jnp.concatenate([jnp.zeros_like(between[:1]), between[:-1]])
+        to = [prefix if own else above for own in inclusive]
+        reads = [p[:, None] * x for p, x in zip(to, asked, strict=True)]
+        to = [between if own else earlier for own in inclusive]
+        scores = [[p * s for p, s in zip(to, by, strict=True)] for by in scores]
+        writes = [following_products(retain)[:, None] * y for y in rows]
+    if lr is not None:
+        scores = [[s * lr for s in by] for by in scores]
+        writes = [lr[:, None] * y for y in writes]
+    return Decayed(scores, reads, writes, kept)
+
+
+def _beside(mask, x):
+    """A mask of tokens [C] beside x [C, ...]."""
+    return mask.reshape(-1, *[1] * (x.ndim - 1))
