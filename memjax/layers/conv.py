@@ -1,6 +1,5 @@
 """Depthwise causal convolution with a carried state."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -116,23 +115,3 @@ class CausalConv(nnx.Module):
             ours = number[:, time:] == place.number[:, -1:]
             history = jnp.where(ours[..., None], history, 0)
         return y.astype(x.dtype), ConvState(history.astype(state.inputs.dtype), place.last)
-
-
-def check_states(
-    layer: str, convs: Sequence[CausalConv], states: Sequence[ConvState], batch: int
-) -> None:
-    """Raises ValueError where these are not states of the convolutions of a layer.
-
-    Args:
-        layer: its name, for the message.
-        convs: its convolutions.
-        states: what they are to go on from.
-        batch: B, for the message.
-    """
-    there = [state.inputs.shape[1:] for state in states]
-    ours = [(conv.width - 1, conv.dim) for conv in convs]
-    if there != ours:
-        raise ValueError(
-            f"the state is of a {layer} with other convolutions: their inputs are {there}, here "
-            f"{ours}; use start({batch})"
-        )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.linear import Linear, fan_in_normal
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -71,9 +71,7 @@ class GatedAssociativeMemory(nnx.Module):
             TypeError: the state is not one of a `GatedAssociativeMemory`.
         """
         shell.check_inputs(x, self.dim, segment_ids)
-        state = self.start(x.shape[0]) if state is None else state
-        shell.check_type(state, ConvState, x.shape[0])
-        check_states("GatedAssociativeMemory", [self.conv], [state], x.shape[0])
+        state = shell.go_on(self, state, ConvState, x.shape[0])
         local, state = self.conv(x, state, segment_ids=segment_ids)
         bank = self.bank[...].astype(x.dtype)
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -1,5 +1,6 @@
 """HOPE: a memory whose keys, values and gates are memories too, and a continuum of slower ones."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 
 from memjax import documents, miras
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -40,11 +41,13 @@ class SelfReferentialMemory(nnx.Module):
     """Titans that modify themselves: keys, values and gates are answers of memories that learn too.
 
         u, q      = conv(x W_u), unit(conv(x W_q))                               per head
-        k, v      = unit(M_k(u)), M_v(u)
+        k, v      = unit(M_k(u)), unit(M_v(u))
         lr, a     = lr_max sigmoid(M_lr(u) . w + b), sigmoid(M_a(u) . w' + b')
         target_m  = M_m(v)                               for m = k, v, lr, a, memory: its own
         M_m       = delta gradient descent on 1/2 ||M_m(k) - target_m||^2 with rate lr, retention a
         y         = (RMSNorm(M_memory(q)) * SiLU(x W_g)) W_o,       M(z) = z + gelu(z W_1) W_2
+
+    v has length 1, or targets would grow with the weights that they train.
 
     Every M on the right is the memory at the start of its chunk, so all tokens of a chunk are
     computed at once; see `miras.delta_gd` for the step.
@@ -153,10 +156,7 @@ class SelfReferentialMemory(nnx.Module):
         """
         shell.check_inputs(x, self.dim, segment_ids, positions)
         fresh = state is None
-        state = self.start(x.shape[0]) if fresh else state
-        shell.check_type(state, SelfReferentialState, x.shape[0])
-        shell.check_batch(state.memory.place, x.shape[0])
-        check_states("SelfReferentialMemory", self.convs, state.convs, x.shape[0])
+        state = shell.go_on(self, state, SelfReferentialState, x.shape[0])
         (content, query), convs = shell.project(
             x, (self.content, self.query), self.convs, state.convs, segment_ids, ("heads",) * 2
         )
@@ -227,7 +227,7 @@ class SelfReferentialMemory(nnx.Module):
             """(k, v, gates, targets), with the projections' weights as `at` says."""
             z = at(jnp.repeat(content, SOURCES, axis=2))
             z = z.reshape(*content.shape[:3], SOURCES, self.head_dim)
-            k, v = unit(z[..., 0, :]), z[..., 1, :]
+            k, v = unit(z[..., 0, :]), unit(z[..., 1, :])
             gates = miras.Gates(
                 lr=self.lr_max * self.rate(z[..., 2, :]), retain=self.retain(z[..., 3, :])
             )
@@ -322,8 +322,8 @@ class _Readout(nnx.Module):
     def __init__(self, heads: int, channels: int, *, initial: float, rngs: nnx.Rngs):
         weight = 0.1 * jax.random.normal(rngs.params(), (heads, channels)) / channels**0.5
         self.weight = nnx.Param(weight, axes=("heads", "kv"))
-        offset = jnp.log(initial / (1 - initial))
-        self.bias = nnx.Param(jnp.full((heads,), offset), axes=("heads",))
+        offset = jnp.full((heads,), math.log(initial / (1 - initial)), float)
+        self.bias = nnx.Param(offset, axes=("heads",))
 
     def __call__(self, z):
         wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
@@ -419,14 +419,7 @@ class ContinuumMemory(nnx.Module):
             TypeError: the state is not one of a `ContinuumMemory`.
         """
         shell.check_inputs(x, self.dim, segment_ids, positions)
-        state = self.start(x.shape[0]) if state is None else state
-        shell.check_type(state, ContinuumState, x.shape[0])
-        if len(state.levels) != len(self.levels):
-            raise ValueError(
-                f"the state is of a ContinuumMemory with other levels: {len(state.levels)}, here "
-                f"{len(self.levels)}; use start({x.shape[0]})"
-            )
-        shell.check_batch(state.levels[0].place, x.shape[0])
+        state = shell.go_on(self, state, ContinuumState, x.shape[0])
         y, after, stats = jnp.zeros_like(x), [], state.stats
         for i, (level, before) in enumerate(zip(self.levels, state.levels, strict=True)):
             found, surprise, lr, memory = level(x + y, before, segment_ids)
@@ -525,9 +518,10 @@ class Hope(nnx.Module):
             TypeError: the state is not one of a `Hope`.
         """
         shell.check_inputs(x, self.dim, segment_ids, positions)
-        if state is not None:
-            shell.check_type(state, HopeState, x.shape[0])
-        titans, continuum = (None, None) if state is None else state
+        if state is None:
+            titans = continuum = None
+        else:
+            titans, continuum = shell.go_on(self, state, HopeState, x.shape[0])
         o, titans = self.titans(x, titans, segment_ids=segment_ids)
         y, continuum = self.continuum(o, continuum, segment_ids=segment_ids)
         return o + y, HopeState(titans, continuum)

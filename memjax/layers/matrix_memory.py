@@ -13,7 +13,7 @@ from flax import nnx
 
 from memjax import documents, miras
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import FixedDecay, GateHead, Gating, PowerDecay, SoftplusDecay, StepSize
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -206,11 +206,7 @@ class MatrixMemory(nnx.Module):
             TypeError: the state is not one of a `MatrixMemory`.
         """
         shell.check_inputs(x, self.dim, segment_ids, positions)
-        if state is None:
-            state = self.start(x.shape[0])
-        shell.check_type(state, MatrixMemoryState, x.shape[0])
-        shell.check_batch(state.seen, x.shape[0])
-        check_states("MatrixMemory", self.convs, state.convs, x.shape[0])
+        state = shell.go_on(self, state, MatrixMemoryState, x.shape[0])
         place = documents.follow(segment_ids, state.memory.segment, state.seen, x.shape[1])
         positions = place.index if positions is None else positions
         q, k, v, convs = self._project(x, state.convs, segment_ids, positions)

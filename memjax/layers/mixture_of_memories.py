@@ -8,7 +8,7 @@ from flax import nnx
 
 from memjax import miras
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -154,11 +154,7 @@ class MixtureOfMemories(nnx.Module):
             TypeError: the state is not one of a `MixtureOfMemories`.
         """
         shell.check_inputs(x, self.dim, segment_ids)
-        if state is None:
-            state = self.start(x.shape[0])
-        shell.check_type(state, MixtureOfMemoriesState, x.shape[0])
-        shell.check_batch(state.memory.place, x.shape[0])
-        check_states("MixtureOfMemories", self.convs, state.convs, x.shape[0])
+        state = shell.go_on(self, state, MixtureOfMemoriesState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         share = self.route(x)
         used = jnp.repeat(share > 0, self.heads, axis=-1)

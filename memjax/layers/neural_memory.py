@@ -8,7 +8,7 @@ from flax import nnx
 
 from memjax import miras
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, ThresholdHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -180,12 +180,8 @@ class NeuralMemory(nnx.Module):
             TypeError: the state is not one of a `NeuralMemory`.
         """
         shell.check_inputs(x, self.dim, segment_ids)
-        if state is None:
-            state = self.start(x.shape[0])
-            aligned = aligned or segment_ids is None
-        shell.check_type(state, NeuralMemoryState, x.shape[0])
-        shell.check_batch(state.memory.place, x.shape[0])
-        check_states("NeuralMemory", self.convs, state.convs, x.shape[0])
+        aligned = aligned or (state is None and segment_ids is None)
+        state = shell.go_on(self, state, NeuralMemoryState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         gates = self._gates(x)
         y, surprise, memory = miras.trace(

@@ -79,10 +79,10 @@ class RWKV7(nnx.Module):
             return Linear(dim, (heads, head_dim), axes=("embed", "heads", "kv"), rngs=rngs)
 
         def vector(value: float) -> nnx.Param:
-            return nnx.Param(jnp.full((heads, head_dim), value), axes=("heads", "kv"))
+            return nnx.Param(jnp.full((heads, head_dim), value, float), axes=("heads", "kv"))
 
         self.shift = nnx.Dict(
-            {name: nnx.Param(jnp.full((dim,), 0.5), axes=("embed",)) for name in _MIXED}
+            {name: nnx.Param(jnp.full((dim,), 0.5, float), axes=("embed",)) for name in _MIXED}
         )
         self.receptance, self.key, self.value = project(), project(), project()
         self.out = Linear((heads, head_dim), dim, axes=("heads", "kv", "embed"), rngs=rngs)
@@ -127,15 +127,7 @@ class RWKV7(nnx.Module):
             TypeError: the state is not one of an `RWKV7`.
         """
         shell.check_inputs(x, self.dim, segment_ids)
-        if state is None:
-            state = self.start(x.shape[0])
-        shell.check_type(state, RWKV7State, x.shape[0])
-        shell.check_batch(state.last.inputs, x.shape[0])
-        if state.last.inputs.shape[1:] != (1, self.dim):
-            raise ValueError(
-                f"the state is of an RWKV7 with other tokens: {state.last.inputs.shape[1:]}, here "
-                f"{(1, self.dim)}; use start({x.shape[0]})"
-            )
+        state = shell.go_on(self, state, RWKV7State, x.shape[0])
         before, last = self._before(x, state.last, segment_ids)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         z = {name: x + (before - x) * mu[...].astype(x.dtype) for name, mu in self.shift.items()}
@@ -181,7 +173,7 @@ class _Low(nnx.Module):
         self.offset = (
             None
             if offset is None
-            else nnx.Param(jnp.full((heads, channels), offset), axes=("heads", "kv"))
+            else nnx.Param(jnp.full((heads, channels), offset, float), axes=("heads", "kv"))
         )
 
     def __call__(self, x):

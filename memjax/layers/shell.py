@@ -1,6 +1,7 @@
 """What the layers around a memory share: sizes, checks, projections, learned W_0, reports."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from memjax.layers.linear import Linear
 from memjax.layers.statistics import MemoryStats
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
+
+State = TypeVar("State")
 
 
 def head_size(dim: int, heads: int, head_dim: int | None) -> int:
@@ -40,32 +43,44 @@ def check_inputs(
             raise ValueError(f"{name} has shape {given.shape}, must be {x.shape[:2]}")
 
 
-def check_type(state: object, kind: type, batch: int) -> None:
-    """Raises TypeError where a state is not of the kind that a layer carries.
+def go_on(layer: nnx.Module, state: State | None, kind: type[State], batch: int) -> State:
+    """The state that a layer goes on from: the one given, or its start.
 
     Args:
-        state: what the layer is to go on from.
+        layer: with a method `start(batch)`.
+        state: what it was given; None = `layer.start(batch)`.
         kind: the class of its states.
-        batch: B, for the message.
+        batch: B of x.
+
+    Raises:
+        TypeError: the state is not of that class.
+        ValueError: it is for another batch, or of a layer with other sizes.
     """
+    if state is None:
+        return layer.start(batch)
+    remedy = f"use start({batch})"
     if not isinstance(state, kind):
         raise TypeError(
-            f"state must be a {kind.__name__}, got {type(state).__name__}: use start({batch}), or "
-            "what the last call returned"
+            f"state must be of type {kind.__name__}, got {type(state).__name__}: {remedy}, or what "
+            "the last call returned"
         )
-
-
-def check_batch(carried: Array, batch: int) -> None:
-    """Raises ValueError where a state is for another batch.
-
-    Args:
-        carried: any array [B, ...] of the state.
-        batch: B of x.
-    """
-    if carried.shape[0] != batch:
-        raise ValueError(
-            f"the state is for a batch of {carried.shape[0]}, x has {batch}; use start({batch})"
-        )
+    another = f"the state is of another {type(layer).__name__}"
+    expected = jax.eval_shape(lambda: layer.start(batch))
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(f"{another}, with other parts; {remedy}")
+    of_another_batch = None
+    for (path, ours), array in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(state), strict=True
+    ):
+        ours, there = ours.shape, jnp.shape(array)
+        if ours[1:] != there[1:]:
+            part = jax.tree_util.keystr(path).lstrip(".")
+            raise ValueError(f"{another}: {part} is {there}, here {ours}; {remedy}")
+        if ours != there:
+            of_another_batch = there[0] * batch // ours[0]
+    if of_another_batch is not None:
+        raise ValueError(f"the state is for a batch of {of_another_batch}, x has {batch}; {remedy}")
+    return state
 
 
 def project(

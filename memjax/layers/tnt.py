@@ -8,7 +8,7 @@ from flax import nnx
 
 from memjax import documents, miras
 from memjax.layers import shell
-from memjax.layers.conv import CausalConv, ConvState, check_states
+from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
@@ -162,16 +162,7 @@ class TNTMemory(nnx.Module):
             TypeError: the state is not one of a `TNTMemory`.
         """
         shell.check_inputs(x, self.dim, segment_ids)
-        if state is None:
-            state = self.start(x.shape[0])
-        shell.check_type(state, TNTState, x.shape[0])
-        shell.check_batch(state.seen, x.shape[0])
-        check_states("TNTMemory", self.convs, state.convs, x.shape[0])
-        if len(state.local) != len(self.local_rules):
-            raise ValueError(
-                f"the state is of a TNTMemory with other local memories: {len(state.local)}, here "
-                f"{len(self.local_rules)}; use start({x.shape[0]})"
-            )
+        state = shell.go_on(self, state, TNTState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         place = documents.follow(segment_ids, state.segment, state.seen, x.shape[1])
         shards = self._shards(place)

@@ -105,7 +105,9 @@ class delta_gd(gd):
     with z_t the input of the map for key k_t at W', where the gradient g_t is taken: the key itself
     for the first map, what the layer before gives for the next. It is the step on
     `1/2 ||W z - u||^2`, u the negative derivative at the map's output, in the place of `-<W z, u>`
-    whose step is gradient descent. Stable where `lr ||z||^2 < 2`. Needs linear maps of the key (not
+    whose step is gradient descent. A map is stable where
+    `lr ||z||^2 < 2`; with `l2`, whose gradient erases too, a single linear map where it is below 1,
+    and it then recalls half the value. Needs linear maps of the key (not
     `vector`), and `none()` or `decay()` when the token is added.
 
     Source: nested learning (arXiv:2512.24695), equations 56, 57 and 88.

@@ -113,7 +113,7 @@ class vector(Structure):
                 f"vector() has a weight per channel: dim_k {dim_k} (with its features "
                 f"{self.inputs(dim_k)}) must equal dim_v {dim_v}"
             )
-        return Weights((jnp.full((1, dim_v), self.scale),), _slow(self))
+        return Weights((jnp.full((1, dim_v), self.scale, float),), _slow(self))
 
     def key_dim(self, fast: tuple[Array, ...]) -> int:
         return self._key_dim(fast[0].shape[-1])
@@ -160,7 +160,7 @@ class least_squares(matrix):
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         fast, slow = super().init(key, dim_k, dim_v)
-        return Weights(fast, slow | {"ridge": jnp.full(dim_k, math.log(math.e - 1))})
+        return Weights(fast, slow | {"ridge": jnp.full(dim_k, math.log(math.e - 1), float)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def self_referential(
                 if t % (chunk if name == "memory" else projection_chunk) == 0:
                     base[name] = now[name]
             z = u[t, h]
-            k, v = unit(answer(base["k"], z)), answer(base["v"], z)
+            k, v = unit(answer(base["k"], z)), unit(answer(base["v"], z))
             lr = answer(base["eta"], z) @ p["rate.weight"][h] + p["rate.bias"][h]
             a = answer(base["alpha"], z) @ p["retain.weight"][h] + p["retain.bias"][h]
             lr, a = lr_max * sigmoid(lr), sigmoid(a)

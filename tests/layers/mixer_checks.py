@@ -245,7 +245,7 @@ def check_refusals(case, other=None):
     refuses(r"batch of 1, x has 2; use start\(2\)", x, module.start(1))
     refuses(r"State, got tuple: use start", x, (1, 2), error=TypeError)
     if other is not None:
-        refuses(r"the state is of an? \w+ with other .*use start\(2\)", x, other.start(2))
+        refuses(r"the state is of another \w+[:,] .*use start\(2\)", x, other.start(2))
 
 
 def check_donation(case):

@@ -382,13 +382,13 @@ def other(**options):
     [
         (lambda x: layer()(x, segment_ids=x[:, :4, 0]), ValueError, r"\(2, 4\), must be \(2, 5\)"),
         (lambda x: layer()(x, segment_ids=x[:1, :, 0]), ValueError, r"\(1, 5\), must be \(2, 5\)"),
-        (lambda x: layer()(x, (1, 2)), TypeError, r"a NeuralMemoryState, got tuple: .*start\(2\)"),
+        (lambda x: layer()(x, (1, 2)), TypeError, r"type NeuralMemoryState, got tuple: .*start\(2\)"),
         (lambda x: layer()(x, layer().start(2).memory), TypeError, "got State"),
-        (lambda x: layer()(x, other(conv=0).start(2)), ValueError, "other convolutions: .* are "),
+        (lambda x: layer()(x, other(conv=0).start(2)), ValueError, "of another NeuralMemory"),
         (
             lambda x: layer()(x, other(conv=2).start(2)),
             ValueError,
-            r"other conv.*\(1, 6\).*\(3, 6",
+            r"another NeuralMemory: .*here \(2, 2, 3, 6\)",
         ),
         (lambda x: other(rule=miras.mlp()), TypeError, r"rule must be a miras.Rule.* got mlp\("),
         (lambda x: other(rule=miras.zoo.titans), TypeError, "rule must be .*got <function titans"),
