@@ -96,8 +96,7 @@ class SelfReferentialMemory(nnx.Module):
                 f"of chunk {chunk} and projection_chunk {projection_chunk} one must be a multiple "
                 "of the other"
             )
-        if not lr_max > 0:
-            raise ValueError(f"lr_max {lr_max} must be above 0")
+        shell.check_rate("lr_max", lr_max)
         self.dim, self.heads, self.head_dim, self.lr_max = dim, heads, head_dim, lr_max
         make = miras.zoo.self_referential_titans
         self.rule = make(expansion=expansion, chunk=chunk, read=read)
@@ -242,7 +241,7 @@ class SelfReferentialMemory(nnx.Module):
         k, v, gates, targets = generate(at)
         if not inside:
             keys, rates = spread(k, gates)
-            at = at.after_chunk(keys, targets, rates)
+            at.learn_chunk(keys, targets, rates)
             k, v, gates, targets = generate(at)
         keys, rates = spread(k, gates)
         options = {"segment_ids": ids, "aligned": inside, "block": k.shape[1]}
@@ -252,7 +251,7 @@ class SelfReferentialMemory(nnx.Module):
         at = _Bases(self.rule, memory, begins, inside)
         target = at(v)
         if not inside:
-            at = at.after_chunk(k, target, gates)
+            at.learn_chunk(k, target, gates)
             target = at(v)
         y, surprise, memory = miras.trace(self.rule, memory, query, k, target, gates, **options)
         return (projections, memory), (y, surprise, gates.lr, gates.retain)
@@ -286,8 +285,8 @@ class _Bases:
         fresh = _rows(jnp.ones_like(self.started[:, 0]), begin, self.state.base)
         return jnp.where(self.started[..., None, None], self._read(fresh, x), y)
 
-    def after_chunk(self, k, targets, gates: miras.Gates) -> "_Bases":
-        """These, knowing the weights after the chunk in progress: its tokens are learned alone."""
+    def learn_chunk(self, k, targets, gates: miras.Gates) -> None:
+        """Finds the weights after the chunk in progress: its tokens are learned alone."""
         ends = self.ends[..., None]
         gates = gates._replace(
             lr=jnp.where(ends, gates.lr, 0), retain=jnp.where(ends, gates.retain, 1)
@@ -296,7 +295,6 @@ class _Bases:
             self.rule, self.state, k, k, targets, gates, block=k.shape[1], loss=False
         )
         self.following = state.base
-        return self
 
     def _read(self, weights, x):
         return miras.read(self.rule, self.state._replace(weights=weights), x)
@@ -379,8 +377,7 @@ class ContinuumMemory(nnx.Module):
     ):
         if dim < 1 or not periods or min(periods) < 1:
             raise ValueError(f"dim {dim} and each of periods {periods} must be at least 1")
-        if not lr_max > 0:
-            raise ValueError(f"lr_max {lr_max} must be above 0")
+        shell.check_rate("lr_max", lr_max)
         self.dim = dim
         self.levels = nnx.List(
             _Level(dim, period, expansion, lr_max, rngs=rngs) for period in periods

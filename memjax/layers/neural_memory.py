@@ -80,8 +80,7 @@ class NeuralMemory(nnx.Module):
             raise ValueError(f"dim {dim}, heads {heads}, head_dim {head_dim} must be at least 1")
         if conv < 0 or persistent < 0:
             raise ValueError(f"conv {conv} and persistent {persistent} must be at least 0")
-        if not lr_max > 0:
-            raise ValueError(f"lr_max {lr_max} must be above 0")
+        shell.check_rate("lr_max", lr_max)
         if rule is not None and not isinstance(rule, miras.Rule):
             raise TypeError(
                 f"rule must be a miras.Rule, such as miras.zoo.titans() or miras.Rule(structure,"

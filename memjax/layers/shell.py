@@ -1,5 +1,6 @@
 """What the layers around a memory share: sizes, checks, projections, learned W_0, reports."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -30,6 +31,13 @@ def head_size(dim: int, heads: int, head_dim: int | None) -> int:
             f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
         )
     return dim // heads
+
+
+def check_rate(name: str, value: float | int) -> None:
+    """Raises ValueError where a largest learning rate is no finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def check_inputs(

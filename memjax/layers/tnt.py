@@ -92,8 +92,7 @@ class TNTMemory(nnx.Module):
             )
         if any(shard % size for size in local_chunks):
             raise ValueError(f"shard {shard} must be a multiple of each of {local_chunks}")
-        if not lr_max > 0:
-            raise ValueError(f"lr_max {lr_max} must be above 0")
+        shell.check_rate("lr_max", lr_max)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.shard, self.lr_max = shard, lr_max
         structure = miras.mlp(expansion=expansion, norm=True, residual=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memjax import miras
+from memjax.layers import shell
 from memjax.models import feed_forwards, mixers
 from memjax.models.combine import WAYS
 from memjax.models.registry import nearest
@@ -44,6 +45,7 @@ class MemoryConfig:
         projection_chunk: of the mixers "self_referential_titans" and "hope": the chunk of the
             memories that give keys, values and gates; None takes `chunk`.
         lr_max: the largest inner learning rate.
+        continuum_lr_max: that of the levels of "continuum" and "hope", of the mean over a period.
         combine: how MAC and MAG join attention and memory: "gate", "product" or "sum".
         value_dim: dimension of the values of a head, for the matrix memories; None takes what each
             paper has.
@@ -69,6 +71,7 @@ class MemoryConfig:
     periods: tuple[int, ...] = (512, 2048)
     projection_chunk: int | None = None
     lr_max: float | int = 0.1
+    continuum_lr_max: float | int = 1.0
     combine: str = "gate"
     value_dim: int | None = None
     negative_eigenvalues: bool = False
@@ -93,8 +96,8 @@ class MemoryConfig:
                 "memory.negative_eigenvalues must be True or False, got "
                 f"{self.negative_eigenvalues!r}"
             )
-        if not isinstance(self.lr_max, int | float) or not self.lr_max > 0:
-            raise ValueError(f"memory.lr_max must be a number above 0, got {self.lr_max!r}")
+        for name in ("lr_max", "continuum_lr_max"):
+            shell.check_rate(f"memory.{name}", getattr(self, name))
         for name, valid in (("rule", RULES), ("combine", WAYS)):
             value = getattr(self, name)
             if value not in valid:
@@ -118,6 +121,13 @@ class MemoryConfig:
                 "memory.periods must be a tuple of integers of at least 1, one for each level, got "
                 f"{self.periods!r}"
             )
+        if self.projection_chunk is not None:
+            pair = (self.chunk or mixers.HOPE_CHUNK, self.projection_chunk)
+            if max(pair) % min(pair):
+                raise ValueError(
+                    f"of memory.chunk {pair[0]} and memory.projection_chunk {pair[1]} one must be "
+                    "a multiple of the other"
+                )
         if any(self.shard % size for size in chunks):
             raise ValueError(
                 f"memory.shard {self.shard} must be a multiple of each of memory.local_chunks "
@@ -249,6 +259,8 @@ class LanguageModelConfig:
         for name in self.pattern:
             if name in RULES:
                 self._check_named(name)
+            if name in mixers.OWN_MEMORY:
+                self._check_own(name)
             mixers.registry.check(name)
         if self.layers % len(self.pattern):
             raise ValueError(
@@ -271,6 +283,14 @@ class LanguageModelConfig:
             dataclasses.replace(self.memory, rule=rule)
         except ValueError as error:
             raise ValueError(f"pattern has the block {rule!r}: {error}") from error
+
+    def _check_own(self, mixer: str) -> None:
+        """Raises ValueError where fields are given that a block with a memory of its own fixes."""
+        for name in ("depth", "norm", "residual", "momentum", "decay"):
+            if getattr(self.memory, name) is not None:
+                raise ValueError(
+                    f"pattern has the block {mixer!r}: memory.{name} is fixed there: leave it None"
+                )
 
     @property
     def repeats(self) -> int:

@@ -43,6 +43,10 @@ registry = Registry("mixer")
 register = registry.register
 build = registry.build
 
+# blocks whose memory is no row of `memjax.models.config.RULES`: they take its sizes alone
+OWN_MEMORY = ("tnt", "self_referential_titans", "continuum", "hope")
+HOPE_CHUNK = 64
+
 
 def _heads(config) -> tuple[int, int | None]:
     """Heads of a memory and their dimension; None = dim / heads."""
@@ -263,7 +267,7 @@ def self_referential_titans(config, rngs: nnx.Rngs) -> SelfReferentialMemory:
     return SelfReferentialMemory(
         config.dim,
         *_heads(config),
-        chunk=64 if memory.chunk is None else memory.chunk,
+        chunk=HOPE_CHUNK if memory.chunk is None else memory.chunk,
         projection_chunk=memory.projection_chunk,
         expansion=4 if memory.expansion is None else memory.expansion,
         conv=config.conv,
@@ -280,7 +284,7 @@ def continuum(config, rngs: nnx.Rngs) -> ContinuumMemory:
         config.dim,
         periods=memory.periods,
         expansion=4 if memory.expansion is None else memory.expansion,
-        lr_max=memory.lr_max,
+        lr_max=memory.continuum_lr_max,
         rngs=rngs,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jaxtyping
 import pytest
@@ -115,6 +116,8 @@ def test_a_chunk_of_none_is_that_of_the_rule():
 
 
 def test_a_block_that_bears_the_name_of_a_rule_is_checked_with_its_memory():
+    with pytest.raises(ValueError, match=r"block .hope.: memory\.depth is fixed there"):
+        config_of(pattern=("hope",), memory=MemoryConfig(depth=3))
     with pytest.raises(ValueError, match=r"block .atlas.: memory\.depth is fixed by the rule"):
         config_of(pattern=("atlas",), memory=MemoryConfig(depth=3))
 
@@ -133,6 +136,9 @@ def test_a_block_that_bears_the_name_of_a_rule_is_checked_with_its_memory():
         ({"periods": ()}, r"memory.periods must be .*got \(\)"),
         ({"periods": (8, 0)}, r"memory.periods must be .* at least 1, .*got \(8, 0\)"),
         ({"projection_chunk": 0}, r"memory.projection_chunk"),
+        ({"projection_chunk": 48}, "memory.chunk 64 and memory.projection_chunk 48 one must be"),
+        ({"lr_max": math.inf}, "memory.lr_max must be a finite number above 0, got inf"),
+        ({"continuum_lr_max": 0}, "memory.continuum_lr_max must be a finite number above 0, got 0"),
         ({"local_chunks": (8, 3)}, r"memory.shard 2048 must be a multiple of each .*\(8, 3\)"),
         ({"shard": 24}, r"memory.shard 24 must be a multiple of each .*\(8, 16\)"),
     ],

@@ -46,6 +46,15 @@ def name(request):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("mixer", mixers.registry.names())
+def test_parameters_have_types_of_their_own(mixer):
+    """A weak type (of a Python number) is lost in the first step, and the next compiles again."""
+    config = config_of(pattern=(mixer,), layers=1)
+    module = nnx.eval_shape(lambda: mixers.build(mixer, config, nnx.Rngs(0)))
+    for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        assert not param.get_value().weak_type, path
+
+
 def test_loss_and_gradients_of_every_parameter(name):
     run, params = loss_and_grad(model_of(**small(name, tied=False)))
     loss, grads = run(params, tokens_of(time=TIME))
@@ -93,7 +102,7 @@ def test_fields_of_the_configuration_reach_the_layer(name):
     if name == "continuum":
         rules = [level.rule for level in module.levels]
         assert [(rule.chunk, rule.structure.expansion) for rule in rules] == [(2, 2), (3, 2)]
-        faster = MemoryConfig(**FIELDS[name] | {"lr_max": 0.2})
+        faster = MemoryConfig(**FIELDS[name] | {"continuum_lr_max": 2.0})
         assert built(name, memory=faster).levels[0].scale == 2 * module.levels[0].scale
         return
     if name == "hope":
