@@ -5,8 +5,9 @@
 
 A deep memory does well near the chunk that it was trained at: TNT's second stage moves that point
 for a few more steps. Each model here has `tnt` blocks with one local memory, whose chunk is what
-varies. Runs that are there already are not repeated, and one that was stopped goes on. The table
-goes to standard output, all figures to chunks.json and the curves to chunks.png beside the runs.
+varies. Runs that are there already are not repeated, and one that was stopped goes on; a directory
+with runs of other settings is refused. The table goes to standard output, all figures to
+chunks.json and the curves to chunks.png beside the runs.
 """
 
 import json
@@ -16,51 +17,106 @@ import statistics
 from absl import flags, logging
 
 from memjax import training
-from memjax.training import cli, loop, report
+from memjax.training import checkpoint, cli, loop, report
+from memjax.training.config import difference
 
 HERE = pathlib.Path(__file__).resolve().parent.parent / "configs" / "tnt.py"
-CONFIG = flags.DEFINE_string("config", str(HERE), "the config of stage 1")
+CONFIG = cli.define_config()
 CHUNKS = flags.DEFINE_list("chunks", "2,4,8,16,32,64", "local chunks to evaluate at")
-STAGE_TWO = flags.DEFINE_integer("stage_two", 4, "the local chunk of stage 2")
+STAGE_TWO = flags.DEFINE_integer("stage_two", 4, "the local chunk of stage 2", lower_bound=1)
 MORE = flags.DEFINE_float("more", 0.1, "steps of stage 2, as a part of those of stage 1")
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "one run for each")
 WORKDIR = flags.DEFINE_string("workdir", "runs/chunks", "directory of the runs")
+SETTINGS = ("seed", "model", "data", "train")  # what must be the same to go on
+
+
+def _numbers(flag, least: int) -> list[int]:
+    """What a flag lists, in its order.
+
+    Raises:
+        ValueError: nothing, or what is no integer of at least `least`.
+    """
+    words = [word.strip() for word in flag.value]
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise ValueError(
+            f"--{flag.name} must list integers of at least {least}, got {','.join(words)!r}"
+        )
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _with(config, seed: int, chunk: int, steps: int):
-    """A copy of the configuration with one local memory of this chunk."""
+    """The configuration with one local memory of this chunk; all checkpoints are kept."""
     config = config.copy_and_resolve_references()
-    config.seed, config.train.steps = seed, steps
+    config.seed, config.train.steps, config.train.keep = seed, steps, None
     config.model.memory.local_chunks = (chunk,)
+    config.train.checkpoint_dir = None
     return config
 
 
-def _measure(config, seed: int, workdir: str) -> list[dict] | None:
-    """The rows of one seed, both stages; None where a signal stopped a run."""
-    (first,), rows = config.model.memory.local_chunks, []
+def _stages(config) -> list[tuple[int, int]]:
+    """Local chunk and last step of both stages.
+
+    Raises:
+        ValueError: the config has not one local memory, or there is no stage 2.
+    """
+    chunks = tuple(config.model.memory.local_chunks)
+    if len(chunks) != 1:
+        raise ValueError(
+            f"the config must have one local memory, model.memory.local_chunks = (n,), got {chunks}"
+        )
+    if not 0 < MORE.value < float("inf"):
+        raise ValueError(f"--more must be a number above 0, got {MORE.value}")
     begun = config.train.steps
-    last = begun + max(1, round(MORE.value * begun))
-    for stage, chunk, steps in ((1, first, begun), (2, STAGE_TWO.value, last)):
+    return [(chunks[0], begun), (STAGE_TWO.value, begun + max(1, round(MORE.value * begun)))]
+
+
+def _reached(workdir: str, expected: list) -> int:
+    """The step of the newest checkpoint, 0 where there is none.
+
+    Args:
+        workdir: of a seed.
+        expected: the configuration of each stage.
+
+    Raises:
+        ValueError: a checkpoint that does not come from these stages.
+    """
+    directory = str(pathlib.Path(workdir, "checkpoints"))
+    try:
+        newest, _ = checkpoint.read_config(directory)
+    except FileNotFoundError:
+        return 0
+    for config in expected:
+        step, there = checkpoint.read_config(directory, min(newest, config.train.steps))
+        ours = training.build(config).config
+        found = difference(*({name: c[name] for name in SETTINGS} for c in (there, ours)))
+        if found:
+            name, saved, current = found
+            raise ValueError(
+                f"checkpoint {directory}/{step} was made with {name} = {saved!r}, but now it would "
+                f"be {current!r}: give the same settings to go on, or another --workdir"
+            )
+        if newest <= config.train.steps:
+            break
+    return newest
+
+
+def _measure(config, stages, chunks, seed: int, workdir: str) -> list[dict] | None:
+    """The rows of one seed, both stages; None where a signal stopped a run."""
+    rows, expected = [], [_with(config, seed, *stage) for stage in stages]
+    reached = _reached(workdir, expected)
+    for stage, (chunk, steps) in enumerate(stages, 1):
         print(f"== seed {seed}, stage {stage}: local chunk {chunk}, to step {steps}", flush=True)
-        if _newest(workdir) < steps:
-            summary = training.train(_with(config, seed, chunk, steps), workdir)
+        if reached < steps:
+            summary = training.train(expected[stage - 1], workdir)
             if summary.stopped != "finished":
                 print(f"stopped by {summary.stopped}; run the same command again to go on")
                 return None
-        for size in map(int, CHUNKS.value):
+        for size in chunks:
             run, step, params = training.load(workdir, _with(config, seed, size, steps), step=steps)
             bits = float(loop.evaluate(run, params).bits_per_byte)
             rows.append({"seed": seed, "stage": stage, "trained": chunk, "chunk": size,
                          "step": step, "bits_per_byte": bits})  # fmt: skip
     return rows
-
-
-def _newest(workdir: str) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
-    try:
-        return training.load(workdir)[1]
-    except FileNotFoundError:
-        return 0
 
 
 def _mean(rows: list[dict], stage: int, chunk: int) -> float:
@@ -94,26 +150,23 @@ def _draw(rows: list[dict], path: pathlib.Path) -> None:
 
 def main() -> int:
     root = pathlib.Path(WORKDIR.value)
+    config = CONFIG.value or cli.load_config(str(HERE))
+    stages, chunks, seeds = _stages(config), _numbers(CHUNKS, 1), _numbers(SEEDS, 0)
+    for chunk in [*chunks, *(chunk for chunk, _ in stages)]:  # what does not fit is said at once
+        training.build(_with(config, seeds[0], chunk, config.train.steps))
     cli.use_compilation_cache(str(root))
-    config = cli.load_config(CONFIG.value)
-    if len(config.model.memory.local_chunks) != 1:
-        raise ValueError(
-            "the config must have one local memory, model.memory.local_chunks = (n,), got "
-            f"{tuple(config.model.memory.local_chunks)}"
-        )
     rows = []
-    for seed in map(int, SEEDS.value):
-        found = _measure(config, seed, str(root / f"seed-{seed}"))
+    for seed in seeds:
+        found = _measure(config, stages, chunks, seed, str(root / f"seed-{seed}"))
         if found is None:
             return 1
         rows += found
     (root / "chunks.json").write_text(json.dumps(rows, indent=2) + "\n")
     _draw(rows, root / "chunks.png")
-    chunks = sorted({row["chunk"] for row in rows})
+    chunks = sorted(chunks)
     print("\n| held-out bits per byte at local chunk | " + " | ".join(map(str, chunks)) + " |")
     print("|---|" + "---:|" * len(chunks))
-    for stage in (1, 2):
-        trained = next(row["trained"] for row in rows if row["stage"] == stage)
+    for stage, (trained, _) in enumerate(stages, 1):
         cells = " | ".join(f"{_mean(rows, stage, chunk):.3f}" for chunk in chunks)
         print(f"| stage {stage}, trained at {trained} | {cells} |")
     print(f"\nwritten: {root}/chunks.json, chunks.png")

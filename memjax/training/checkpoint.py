@@ -291,7 +291,8 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, tree: Any, *, partia
 def _compare_identity(
     where: str, stored: Mapping[str, Any], current: Any, *, partial: bool = False
 ) -> None:
-    saved = _restrict(stored["identity"], current) if partial else stored["identity"]
+    saved = config_lib.with_new_fields(stored["identity"], current)
+    saved = _restrict(saved, current) if partial else saved
     found = config_lib.difference(saved, current)
     if not found:
         return

@@ -181,7 +181,7 @@ def _parse(argv: list[str]) -> list[str]:
 def _help(argv: Sequence[str]) -> None:
     """Prints what the script does, its flags, and the fields of the configuration."""
     text = ""
-    if "config" in flags.FLAGS:
+    if "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].parser, _ConfigParser):
         argument, _ = _config_arguments(argv)
         text = "\nfields of the configuration"
         if argument is not None:

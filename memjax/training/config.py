@@ -308,6 +308,30 @@ def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def with_new_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of fields that were added since.
+
+    Args:
+      saved: sections of a configuration, or parts of them.
+      current: the same of this version, whose fields count.
+
+    Returns:
+      `saved`, and the default of each field that only `current` has.
+    """
+
+    def fill(saved: Any, current: Any, defaults: Any) -> Any:
+        if not (isinstance(saved, Mapping) and isinstance(current, Mapping)):
+            return saved
+        defaults = defaults if isinstance(defaults, Mapping) else {}
+        new = {key: defaults[key] for key in current if key not in saved and key in defaults}
+        return {
+            **{key: fill(saved[key], current.get(key), defaults.get(key)) for key in saved},
+            **new,
+        }
+
+    return fill(saved, current, {name: _defaults(cls) for name, cls in SECTIONS.items()})
+
+
 def difference(saved: Any, current: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first field in which two plain configurations differ.
 

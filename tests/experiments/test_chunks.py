@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -38,6 +40,10 @@ def test_both_stages_are_measured_at_every_chunk_and_not_trained_twice(tmp_path)
     assert len(set(values)) == 4  # chunks and stages are not the same model
     assert (tmp_path / "chunks.png").stat().st_size > 1000
     assert f"| stage 2, trained at 4 | {values[3]:.3f} | {values[2]:.3f} |" in first.stdout
+    other = script(tmp_path, "--stage_two=8")
+    assert other.returncode == 1
+    assert "checkpoints/5 was made with model.memory.local_chunks = [4]" in other.stderr
+    assert json.loads((tmp_path / "chunks.json").read_text()) == rows
     saved = {
         path: path.stat().st_mtime for path in tmp_path.rglob("*") if "checkpoints" in str(path)
     }
@@ -45,6 +51,31 @@ def test_both_stages_are_measured_at_every_chunk_and_not_trained_twice(tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "chunks.json").read_text()) == rows
     assert saved == {path: path.stat().st_mtime for path in saved}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chunks=4,x"], "--chunks must list integers of at least 1, got '4,x'"),
+        (["--seeds="], "--seeds must list integers of at least 0, got ''"),
+        (["--more=0"], "--more must be a number above 0, got 0.0"),
+        (["--stage_two=3"], "memory.shard 16 must be a multiple of each"),
+        (["--config.train.stepz=3"], "unknown field --config.train.stepz"),
+    ],
+)
+def test_bad_flags_are_named_before_training(tmp_path, arguments, message):
+    result = script(tmp_path, *arguments)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_flags_and_the_fields(tmp_path):
+    result = script(tmp_path, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--stage_two" in result.stdout
+    assert "--config.model.memory.local_chunks" in result.stdout
 
 
 def test_more_than_one_local_memory_is_refused(tmp_path):

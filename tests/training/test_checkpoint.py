@@ -128,6 +128,25 @@ def test_the_second_stage_of_tnt_goes_on_from_the_first(corpus):
     assert shapes[0] != shapes[2]
 
 
+def test_a_field_that_is_newer_than_a_checkpoint_had_its_default(saved, corpus):
+    run, folder = saved
+    model = {name: value for name, value in run.identity["model"].items() if name != "window"}
+    memory = {name: value for name, value in model["memory"].items() if name != "periods"}
+    identity = run.identity | {"model": model | {"memory": memory}}
+    old = folder.parent / "old"
+    there = Checkpoints(str(old), identity=identity, config=run.config)
+    there.save(helpers.start(corpus, step=1), helpers.DATA)
+    there.close()
+    state, _ = helpers.open_checkpoints(run, old).restore(run.abstract_state)
+    helpers.assert_same(state, helpers.start(corpus, step=1))
+    for changes in ({"window": 8}, {"memory": {"periods": (8,)}}):
+        other = run_lib.build(helpers.config(corpus, model=changes))
+        with pytest.raises(
+            MismatchError, match=r"(window = 512|periods = .512, 2048.), but this"
+        ):
+            helpers.open_checkpoints(other, old).restore(other.abstract_state)
+
+
 @pytest.mark.parametrize("vocab", [384, 640])
 def test_another_tokenizer_is_refused(saved, corpus, vocab):
     """The vocabulary follows from the tokenizer: the message names what the user changed."""
