@@ -141,9 +141,7 @@ def test_a_field_that_is_newer_than_a_checkpoint_had_its_default(saved, corpus):
     helpers.assert_same(state, helpers.start(corpus, step=1))
     for changes in ({"window": 8}, {"memory": {"periods": (8,)}}):
         other = run_lib.build(helpers.config(corpus, model=changes))
-        with pytest.raises(
-            MismatchError, match=r"(window = 512|periods = .512, 2048.), but this"
-        ):
+        with pytest.raises(MismatchError, match=r"(window = 512|periods = .512, 2048.), but this"):
             helpers.open_checkpoints(other, old).restore(other.abstract_state)
 
 
