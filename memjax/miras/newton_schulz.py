@@ -1,5 +1,6 @@
 """Newton-Schulz iteration: the nearest orthogonal matrix, by products alone."""
 
+import jax
 import jax.numpy as jnp
 
 from memjax.miras.precision import matmul
@@ -20,13 +21,54 @@ def orthogonal(x: Float[Array, "*N I J"], steps: int = 5) -> Float[Array, "*N I 
         steps: number of iterations.
     Source: Muon (K. Jordan, 2024), whose coefficients trade exactness for speed.
     """
-    a, b, c = COEFFICIENTS
     turn = x.shape[-2] > x.shape[-1]
-    x = jnp.swapaxes(x, -1, -2) if turn else x
+    x = _transposed(x) if turn else x
     square = jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)
     tiny = jnp.finfo(x.dtype).tiny
     x = x * jnp.where(square > tiny, 1 / jnp.sqrt(jnp.maximum(square, tiny)), 0)
     for _ in range(steps):
-        gram = matmul(x, jnp.swapaxes(x, -1, -2), compute=x.dtype)
-        x = a * x + matmul(b * gram + c * matmul(gram, gram, compute=x.dtype), x, compute=x.dtype)
-    return jnp.swapaxes(x, -1, -2) if turn else x
+        x = _iterate(x)
+    return _transposed(x) if turn else x
+
+
+@jax.custom_vjp
+def _iterate(x):
+    return COEFFICIENTS[0] * x + _product(_symmetric(x)[1], x)
+
+
+def _forward(x):
+    return _iterate(x), x
+
+
+def _backward(x, by_next):
+    """With A = X X^T, H = b A + c A A, both symmetric, and S = G X^T + X G^T:
+
+        dX = a G + H G + (b S + c (A S + S A)) X
+
+    Four products beside A and H, where the derivative of each product for itself takes seven.
+    """
+    a, b, c = COEFFICIENTS
+    gram, polynomial = _symmetric(x)
+    s = _product(by_next, _transposed(x))
+    s += _transposed(s)
+    both = _product(gram, s)
+    by_gram = b * s + c * (both + _transposed(both))
+    return (a * by_next + _product(polynomial, by_next) + _product(by_gram, x),)
+
+
+_iterate.defvjp(_forward, _backward)
+
+
+def _symmetric(x):
+    """A = X X^T and b A + c A A."""
+    _, b, c = COEFFICIENTS
+    gram = _product(x, _transposed(x))
+    return gram, b * gram + c * _product(gram, gram)
+
+
+def _product(x, y):
+    return matmul(x, y, compute=x.dtype)
+
+
+def _transposed(x):
+    return jnp.swapaxes(x, -1, -2)

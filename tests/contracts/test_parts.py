@@ -118,6 +118,20 @@ def test_newton_schulz_of_any_size_is_finite(size):
         assert bool((gradient == 0).all())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5), (4, 4), (5, 2), (1, 3)])
+@float64
+def test_the_derivative_of_newton_schulz_is_that_of_differences(shape):
+    x, weights, way = np.random.default_rng(0).normal(size=(3, *shape))
+
+    def value(x):
+        return jnp.sum(weights * orthogonal(jnp.asarray(x)))
+
+    gradient, eps = jax.grad(value)(x), 1e-5
+    want = (value(x + eps * way) - value(x - eps * way)) / (2 * eps)
+    assert_close(jnp.sum(gradient * way), want, 1e-7)
+    assert abs(jnp.sum(gradient * way)) > 1e-2
+
+
 @float64
 def test_links_on_paper():
     a = jnp.asarray([[2.0, 0.0], [-1.0, 2.0]])
