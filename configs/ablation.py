@@ -2,15 +2,14 @@ r"""The Titans ablation in miniature: the memory without each of its parts, on t
 
 What:     the paper's ablation, of the long-term memory alone (LMM), in configs/compare.py's sizes:
           in turn a linear memory, no convolution, momentum, decay, or persistent tokens.
-Command:  python experiments/compare.py --config=configs/ablation.py \
-              --variants=full,linear,no_conv,no_momentum,no_decay,no_persistent
+Command:  python experiments/compare.py --config=configs/ablation.py
 Hardware: two CPU cores, a few minutes for each run.
 Result:   not run in full yet: no number is claimed. The paper's perplexities: 27.01 in full, 28.49
           linear, 28.73 no convolution, 28.98 no momentum, 29.04 no decay.
 
-Variants: those of the command, and each with `_smoke` for a run of seconds; `:smoke` is
-`:full_smoke`. Parameters are not made equal: each variant is the full one less a part, and the
-feed-forward layers stay as they are.
+Variants: `:full`, `:linear`, `:no_conv`, `:no_momentum`, `:no_decay`, `:no_persistent`, and each
+with `_smoke` for a run of seconds; `:smoke` is `:full_smoke`. Parameters are not made equal: each
+variant is the full one less a part, and the feed-forward layers stay as they are.
 """
 
 import importlib.util

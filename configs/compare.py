@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from memjax import models
 from memjax.training import complete
 
-BLOCKS = ("mac", "mag", "mal", "lmm", "transformer")
+VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
 
 
 def _equal(block: str, sizes: dict) -> int:
@@ -36,9 +36,9 @@ def _equal(block: str, sizes: dict) -> int:
 
 def get_config(variant: str = "mac") -> ConfigDict:
     block, _, smoke = ("mac_smoke" if variant == "smoke" else variant).partition("_")
-    if block not in BLOCKS or smoke not in ("", "smoke"):
+    if block not in VARIANTS or smoke not in ("", "smoke"):
         raise ValueError(
-            f"configs/compare.py has no variant {variant!r}; there are {', '.join(BLOCKS)}, each"
+            f"configs/compare.py has no variant {variant!r}; there are {', '.join(VARIANTS)}, each"
             " also with _smoke"
         )
     sizes = {

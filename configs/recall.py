@@ -9,11 +9,12 @@ Result:   not run in full yet: no number is claimed. Zoology's attention solves 
 
 Variants: `:mqar` (T, pairs = 64, 4 to 512, 64; noise off, vocabulary 8192), `:joint`, `:copying`,
 `:parity` (trained on 65 tokens, tested on 257), `:s5` (trained on 33, tested on 129),
-`:niah` (S-NIAH 1 to 3 in bytes of the embedded corpus), and `:smoke`.
+`:niah` (S-NIAH 1 to 3 in bytes of the embedded corpus), `:mqar_small` and `:states_small` (what
+two CPU cores do: some models, one width, one learning rate, three seeds), and `:smoke`.
 
-The models are all names of `memjax.models.mixers`, each as the pattern of a model of its own, and
-one hybrid; a mixer that is registered is in. `--models=lmm,swa` picks some; a model of your own is
-one more entry of `models`, with any fields of `LanguageModelConfig`.
+The models of the others are all names of `memjax.models.mixers`, each as the pattern of a model of
+its own, and one hybrid; a mixer that is registered is in. `--models=lmm,swa` picks some; a model of
+your own is one more entry of `models`, with any fields of `LanguageModelConfig`.
 
 Differences from Zoology: rows are drawn anew in every step instead of 64 passes over 100,000;
 attention has rotary positions instead of learned ones.
@@ -118,7 +119,7 @@ def get_config(variant: str = "mqar") -> ConfigDict:
         return sweep.complete(
             {
                 "tasks": {"mqar": {"vocabulary": 16, "length": 16, "pairs": 2}},
-                "models": {"lmm": {"pattern": ("lmm",)}, "transformer": {}},
+                "models": {"ttt": {"pattern": ("lmm",)}, "transformer": {}},
                 "model": {
                     "layers": 1,
                     "heads": 1,
@@ -137,8 +138,14 @@ def get_config(variant: str = "mqar") -> ConfigDict:
         )
     if variant.endswith("_small"):
         return sweep.complete(_small(variant))
-    models = {name: {"pattern": (name,)} for name in mixers.registry.names()}
+    names = [name for name in mixers.registry.names() if name != "attention"]  # is `transformer`
+    models: dict = {name: {"pattern": (name,)} for name in names}
     models["ttt_linear"]["memory"] = {"expansion": None}  # a single matrix
+    # Monomials of one head of 256 channels would take hundreds of megabytes a row.
+    for name in ("omega_net", "atlas", "swdt", "deep_omega_transformer"):
+        models[name] |= {"heads": 4, "memory": {"degree": 1}}
+    for name in ("continuum", "hope"):  # rows are shorter than the default periods
+        models[name]["memory"] = {"periods": (16, 64)}
     models["lmm+swa"] = {"pattern": ("lmm", "swa")}
     return sweep.complete(
         {

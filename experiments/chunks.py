@@ -1,6 +1,6 @@
 """Trains a memory at one chunk, evaluates it at others, goes on at a smaller one, and again.
 
-  python experiments/chunks.py
+  python experiments/chunks.py                                       (configs/tnt.py)
   python experiments/chunks.py --config=configs/tnt.py:smoke --chunks=4,8 --stage_two=4
 
 A deep memory does well near the chunk that it was trained at: TNT's second stage moves that point
@@ -28,20 +28,6 @@ MORE = flags.DEFINE_float("more", 0.1, "steps of stage 2, as a part of those of 
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "one run for each")
 WORKDIR = flags.DEFINE_string("workdir", "runs/chunks", "directory of the runs")
 SETTINGS = ("seed", "model", "data", "train")  # what must be the same to go on
-
-
-def _numbers(flag, least: int) -> list[int]:
-    """What a flag lists, in its order.
-
-    Raises:
-        ValueError: nothing, or what is no integer of at least `least`.
-    """
-    words = [word.strip() for word in flag.value]
-    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
-        raise ValueError(
-            f"--{flag.name} must list integers of at least {least}, got {','.join(words)!r}"
-        )
-    return list(dict.fromkeys(map(int, words)))
 
 
 def _with(config, seed: int, chunk: int, steps: int):
@@ -151,7 +137,7 @@ def _draw(rows: list[dict], path: pathlib.Path) -> None:
 def main() -> int:
     root = pathlib.Path(WORKDIR.value)
     config = CONFIG.value or cli.load_config(str(HERE))
-    stages, chunks, seeds = _stages(config), _numbers(CHUNKS, 1), _numbers(SEEDS, 0)
+    stages, chunks, seeds = _stages(config), cli.numbers(CHUNKS, 1), cli.numbers(SEEDS, 0)
     for chunk in [*chunks, *(chunk for chunk, _ in stages)]:  # what does not fit is said at once
         training.build(_with(config, seeds[0], chunk, config.train.steps))
     cli.use_compilation_cache(str(root))

@@ -2,7 +2,7 @@
 
   python experiments/compare.py
   python experiments/compare.py --variants=mac,transformer --seeds=0,1 --smoke
-  python experiments/compare.py --config=configs/ablation.py --variants=full,linear,no_conv
+  python experiments/compare.py --config=configs/ablation.py
 
 By default MAC, MAG, MAL, LMM and Transformer at equal parameters, configs/compare.py. Each run has
 a directory of its own; a run that is there already is not repeated, and one that was stopped goes
@@ -21,22 +21,30 @@ from memjax.training import cli, loop
 
 HERE = pathlib.Path(__file__).resolve().parent.parent / "configs" / "compare.py"
 CONFIG = flags.DEFINE_string("config", str(HERE), "a config file with variants")
-VARIANTS = flags.DEFINE_list("variants", "mac,mag,mal,lmm,transformer", "which of them")
+VARIANTS = flags.DEFINE_list("variants", None, "which of them (default: all)")
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "one run of each variant for each")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the runs (default: runs/ and the name of the config)"
+    "workdir", None, "directory of the runs (default: runs/ and the name of the config, and -smoke)"
 )
 SMOKE = flags.DEFINE_bool("smoke", False, "runs of seconds, to see that everything works")
 
 
 def main() -> int:
-    root = pathlib.Path(WORKDIR.value or f"runs/{pathlib.Path(CONFIG.value).stem}")
+    end = "-smoke" if SMOKE.value else ""
+    root = pathlib.Path(WORKDIR.value or f"runs/{pathlib.Path(CONFIG.value).stem}{end}")
+    seeds = cli.numbers(SEEDS, 0)
+    variants = VARIANTS.value or cli.variants(CONFIG.value)
+    if not variants:
+        raise ValueError(f"{CONFIG.value} has no VARIANTS: give --variants")
+    configs = {
+        variant: cli.load_config(f"{CONFIG.value}:{variant}{end.replace('-', '_')}")
+        for variant in variants
+    }
     cli.use_compilation_cache(str(root))
     rows = []
-    for variant in VARIANTS.value:
-        for seed in SEEDS.value:
-            config = cli.load_config(f"{CONFIG.value}:{variant}{'_smoke' if SMOKE.value else ''}")
-            config.seed = int(seed)
+    for variant, config in configs.items():
+        for seed in seeds:
+            config.seed = seed
             workdir = str(root / f"{variant}-{seed}")
             print(f"== {variant}, seed {seed}", flush=True)
             summary = training.train(config, workdir)
@@ -47,7 +55,7 @@ def main() -> int:
             rows.append(
                 {
                     "variant": variant,
-                    "seed": int(seed),
+                    "seed": seed,
                     "parameters": run.parameters,
                     "bits_per_byte": float(loop.evaluate(run, params).bits_per_byte),
                 }
@@ -55,7 +63,7 @@ def main() -> int:
     (root / "compare.json").write_text(json.dumps(rows, indent=2) + "\n")
     print("\n| variant | parameters | held-out bits per byte, mean | of each seed |")
     print("|---|---|---|---|")
-    for variant in VARIANTS.value:
+    for variant in configs:
         of_variant = [row for row in rows if row["variant"] == variant]
         values = [row["bits_per_byte"] for row in of_variant]
         each = ", ".join(f"{value:.3f}" for value in values)

@@ -21,7 +21,7 @@ MATRIX = (
 )  # fmt: skip
 DEEP = (
     "titans", "ttt_linear", "ttt_mlp", "moneta", "yaad", "memora", "dla", "swdt",
-    "deep_omega_transformer", "omega_net", "atlas", "lact",
+    "deep_omega_transformer", "omega_net", "atlas", "lact", "self_referential_titans", "continuum",
 )  # fmt: skip
 SMOKE = {
     "rules": ["gated_delta_net", "yaad"], "batch": 1, "tokens": 32, "scan_tokens": 16,

@@ -20,11 +20,31 @@ RULES = {
         "deep_omega_transformer", "omega_net", "atlas", "lact",
     )
 }  # fmt: skip
+NETWORK = ("depth", "expansion", "norm", "residual", "momentum", "decay")
+_SELF_REFERENTIAL = "heads chunk projection_chunk expansion lr_max"
+_CONTINUUM = "expansion periods continuum_lr_max"
+_READS = {
+    **dict.fromkeys(("attention", "transformer", "swa"), ""),
+    **dict.fromkeys(
+        ("linear_attention", "retnet", "gla", "mamba2", "longhorn", "mesa_net"), "heads value_dim"
+    ),
+    **dict.fromkeys(
+        ("delta_net", "gated_delta_net", "kda"), "heads value_dim negative_eigenvalues"
+    ),
+    "rwkv7": "heads",
+    "mom": "heads memories active",
+    "tnt": "heads chunk expansion local_chunks shard lr_max",
+    "self_referential_titans": _SELF_REFERENTIAL,
+    "continuum": _CONTINUUM,
+    "hope": f"{_SELF_REFERENTIAL} {_CONTINUUM}",
+    "gam": "slots",
+}
+_TITANS = {"lmm": "rule", "mac": "rule combine", "mag": "rule combine", "mal": "rule"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """The neural memory of the blocks that have one.
+    """The neural memory of the blocks that have one; docs/blocks.md says which reads what.
 
     Args:
         rule: its row of `memjax.miras.zoo`, one of the deep memories and TTT's; blocks that bear
@@ -146,13 +166,24 @@ class MemoryConfig:
         given = {
             name: value for name, value in given.items() if name in options and value is not None
         }
-        for name in ("depth", "expansion", "norm", "residual", "momentum", "decay"):
+        for name in NETWORK:
             if getattr(self, name) is None:
                 continue
             if name not in options:
-                raise ValueError(f"memory.{name} is fixed by the rule {self.rule}: leave it None")
+                raise ValueError(f"memory.{name} is fixed by the rule {self.rule}: set it to None")
             given[name] = getattr(self, name)
         return make(**given)
+
+    def of_rule(self, rule: str) -> "MemoryConfig":
+        """The same with another rule; what that one fixes of its network is left out.
+
+        Args:
+            rule: a name of `RULES`.
+        """
+        known = inspect.signature(RULES[rule]).parameters
+        return dataclasses.replace(
+            self, rule=rule, **{name: None for name in NETWORK if name not in known}
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MemoryConfig":
@@ -171,6 +202,26 @@ class MemoryConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
         return _plain(self)
+
+
+def memory_fields(block: str, memory: MemoryConfig) -> frozenset[str] | None:
+    """Which fields of `memory` a block reads; it does not look at the others.
+
+    Args:
+        block: a name of `memjax.models.mixers`.
+        memory: its `rule` counts, for the blocks that take any.
+
+    Returns:
+        Names of fields; None for a block that memjax does not have itself.
+    """
+    if block in _READS:
+        return frozenset(_READS[block].split())
+    named = block in RULES
+    if not named and block not in _TITANS:
+        return None
+    known = inspect.signature(RULES[block if named else memory.rule]).parameters
+    taken = {name for name in (*NETWORK, "chunk", "window", "degree") if name in known}
+    return frozenset({"heads", "lr_max", *taken, *("" if named else _TITANS[block]).split()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +245,8 @@ class LanguageModelConfig:
         window: tokens that sliding-window attention looks back on.
         sinks: first tokens of the document that such attention sees besides.
         segment: tokens that MAC reads at once.
-        persistent: learned tokens in front of every segment or window of MAC, MAG and MAL.
+        persistent: learned tokens in front of every segment or window of MAC, MAG and MAL, and of
+            what the memory reads in `lmm` and the blocks that bear a rule's name.
         conv: width of the convolutions in front of a memory; 0: none.
         memory: the neural memory.
         remat: what the backward pass computes again instead of keeping it: "none", "full" (all
@@ -257,10 +309,6 @@ class LanguageModelConfig:
                 f"pattern must be a tuple of at least one mixer name, got {self.pattern!r}"
             )
         for name in self.pattern:
-            if name in RULES:
-                self._check_named(name)
-            if name in mixers.OWN_MEMORY:
-                self._check_own(name)
             mixers.registry.check(name)
         if self.layers % len(self.pattern):
             raise ValueError(
@@ -276,20 +324,20 @@ class LanguageModelConfig:
             )
         for name in self.feed_forwards:
             feed_forwards.registry.check(name)
+        self._check_network()
 
-    def _check_named(self, rule: str) -> None:
-        """Raises ValueError where a block that bears a rule's name cannot have these fields."""
-        try:
-            dataclasses.replace(self.memory, rule=rule)
-        except ValueError as error:
-            raise ValueError(f"pattern has the block {rule!r}: {error}") from error
-
-    def _check_own(self, mixer: str) -> None:
-        """Raises ValueError where fields are given that a block with a memory of its own fixes."""
-        for name in ("depth", "norm", "residual", "momentum", "decay"):
-            if getattr(self.memory, name) is not None:
+    def _check_network(self):
+        """Raises ValueError where the memory's network is given, and every memory fixes its own."""
+        reads = {name: memory_fields(name, self.memory) for name in dict.fromkeys(self.pattern)}
+        for field in NETWORK:
+            given = getattr(self.memory, field) is not None
+            if not given or any(fields is None or field in fields for fields in reads.values()):
+                continue
+            deep = [name for name, fields in reads.items() if fields & {"lr_max", "periods"}]
+            if deep:
                 raise ValueError(
-                    f"pattern has the block {mixer!r}: memory.{name} is fixed there: leave it None"
+                    f"pattern has the block {deep[0]!r}: memory.{field} is fixed there: set it to "
+                    "None"
                 )
 
     @property

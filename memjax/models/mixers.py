@@ -43,8 +43,6 @@ registry = Registry("mixer")
 register = registry.register
 build = registry.build
 
-# blocks whose memory is no row of `memjax.models.config.RULES`: they take its sizes alone
-OWN_MEMORY = ("tnt", "self_referential_titans", "continuum", "hope")
 HOPE_CHUNK = 64
 
 
@@ -101,7 +99,7 @@ def _named(rule: str):
     """The memory of one row of the zoo in the shell of Titans' and Miras' layers."""
 
     def build(config, rngs: nnx.Rngs) -> NeuralMemory:
-        memory = dataclasses.replace(config.memory, rule=rule)
+        memory = config.memory.of_rule(rule)
         return _memory(dataclasses.replace(config, memory=memory), rngs, config.persistent)
 
     return build

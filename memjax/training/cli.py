@@ -100,6 +100,35 @@ def load_config(argument: str) -> ConfigDict:
     return module.get_config(variant) if variant else module.get_config()
 
 
+def variants(path: str) -> tuple[str, ...]:
+    """The names in a config file's `VARIANTS`, () where it has none.
+
+    Args:
+      path: of the file.
+    """
+    load_config(path)  # complains of what is no config file
+    module = _module(os.path.abspath(path), os.stat(path).st_mtime_ns)
+    return tuple(getattr(module, "VARIANTS", ()))
+
+
+def numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    """What a flag lists, each once.
+
+    Args:
+      flag: of `flags.DEFINE_list`.
+      least: the smallest that will do.
+
+    Raises:
+      ValueError: nothing, or what is no integer of at least `least`.
+    """
+    words = [word.strip() for word in flag.value]
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise ValueError(
+            f"--{flag.name} must list integers of at least {least}, got {','.join(words)!r}"
+        )
+    return list(dict.fromkeys(map(int, words)))
+
+
 @functools.lru_cache
 def _module(path: str, changed: int) -> types.ModuleType:
     """The module of a config file, run once for each time at which it was changed."""

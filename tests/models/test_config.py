@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import jaxtyping
 import pytest
+from flax import nnx
 
-from memjax.models import LanguageModelConfig, MemoryConfig, feed_forwards, mixers
+from memjax.models import LanguageModel, LanguageModelConfig, MemoryConfig, feed_forwards, mixers
+from memjax.models.config import memory_fields
 from memjax.models.registry import Registry
 from tests.models.toys import config_of
 
@@ -118,8 +122,55 @@ def test_a_chunk_of_none_is_that_of_the_rule():
 def test_a_block_that_bears_the_name_of_a_rule_is_checked_with_its_memory():
     with pytest.raises(ValueError, match=r"block .hope.: memory\.depth is fixed there"):
         config_of(pattern=("hope",), memory=MemoryConfig(depth=3))
-    with pytest.raises(ValueError, match=r"block .atlas.: memory\.depth is fixed by the rule"):
+    with pytest.raises(ValueError, match=r"block .atlas.: memory\.depth is fixed there: set"):
         config_of(pattern=("atlas",), memory=MemoryConfig(depth=3))
+
+
+def test_a_field_that_one_block_of_a_pattern_fixes_is_for_the_others():
+    memory = MemoryConfig(depth=3, momentum=False)
+    config = config_of(layers=3, pattern=("lmm", "yaad", "tnt"), memory=memory)
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    rules = [block.mixer.rule for block in model.blocks[:2]]
+    assert rules[0].structure.depth == 3
+    assert rules[1] == MemoryConfig(rule="yaad").build()
+
+
+def test_the_page_of_blocks_says_which_fields_each_reads():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "blocks.md").read_text()
+    rows = [row.split("|") for row in page.splitlines() if row.startswith("| `")]
+    found = {
+        name: set(re.findall(r"`(\w+)`", fields))
+        for _, names, _, fields, _ in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert found == {
+        name: memory_fields(name, MemoryConfig())
+        for name in mixers.registry.names()
+        if not name.startswith("toy_")
+    }
+    assert memory_fields("mine", MemoryConfig()) is None
+
+
+@pytest.mark.parametrize("name", [n for n in mixers.registry.names() if not n.startswith("toy_")])
+def test_a_block_reads_the_fields_that_it_is_said_to(name):
+    """Another value of one of them makes another module, of any other the same."""
+    others = {
+        "rule": "yaad", "heads": 4, "depth": 1, "expansion": 3, "norm": False, "residual": False,
+        "momentum": False, "decay": False, "chunk": 32, "window": 3, "degree": 3, "memories": 3,
+        "active": 1, "local_chunks": (4, 8), "shard": 64, "slots": 5, "periods": (4,),
+        "projection_chunk": 32, "lr_max": 0.3, "continuum_lr_max": 0.3, "combine": "sum",
+        "value_dim": 6, "negative_eigenvalues": True,
+    }  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(MemoryConfig)}
+
+    def built(**fields):
+        config = config_of(dim=16, heads=2, memory=MemoryConfig(**fields))
+        module = nnx.eval_shape(lambda: mixers.build(name, config, nnx.Rngs(0)))
+        return re.sub(r" at 0x\w+", "", repr(module))
+
+    usual = built()
+    changed = {field for field, value in others.items() if built(**{field: value}) != usual}
+    assert changed == memory_fields(name, MemoryConfig())
 
 
 @pytest.mark.parametrize(
