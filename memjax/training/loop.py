@@ -233,7 +233,7 @@ def _bar(run: run_lib.Run, first: int) -> tqdm:
 
 def _restart(bar: tqdm, step: int) -> None:
     """Starts the bar's clock at this step: the time before it was not that of steps."""
-    bar.reset()
+    bar.unpause()
     bar.initial = bar.n = bar.last_print_n = step
     bar.refresh()
 

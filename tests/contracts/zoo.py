@@ -257,9 +257,9 @@ def table() -> str:
         "`chunkwise` per token, forward. Written by",
         "`python -m tests.contracts.zoo > docs/zoo.md`.",
         "",
-        "| row | structure | bias | retention | learner | chunk | form | recurrent | chunkwise |"
-        " step | state | operations |",
-        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| row | structure | bias | retention | learner | read | chunk | form | recurrent |"
+        " chunkwise | step | state | operations |",
+        "|---|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found.items():
         rule = getattr(zoo, name)()
@@ -268,6 +268,7 @@ def table() -> str:
         cells = [
             f"`{name}`",
             *(f"`{_short(part)}`" for part in parts),
+            rule.read,
             str(rule.chunk),
             how(rule),
             *(f"{row[form]:.0e}" for form in FORMS),
@@ -277,6 +278,7 @@ def table() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
+        "* read: after or before a token is written, or as its chunk began.",
         "* form, of `chunkwise`: closed, the WY form of online matrix memories; dual, no weights",
         "  per token; by token, one set of weights at a time, where steps or links bend; by chunk,",
         "  weights change at chunk ends only; conjugate gradients, a solve for each query.",
@@ -287,7 +289,7 @@ def table() -> str:
 
 
 def _short(part) -> str:
-    """A part without the fields that have their defaults."""
+    """A part with its numbers, and with other fields that do not have their defaults."""
     fields = []
     for name, field in part.__dataclass_fields__.items():
         value = getattr(part, name)
@@ -295,7 +297,8 @@ def _short(part) -> str:
             default = getattr(type(part)(), name)
         except TypeError:
             default = field.default
-        if value != default:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (number and name != "scale") or value != default:
             shown = _short(value) if hasattr(value, "__dataclass_fields__") else repr(value)
             fields.append(f"{name}={shown}")
     return f"{type(part).__name__}({', '.join(fields)})"
