@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from memjax import documents
 from memjax.attention import backends
 from memjax.attention import window as windows
+from memjax.layers import shell
 from memjax.layers.linear import Linear, fan_in_normal
 from memjax.layers.norm import RMSNorm
 from memjax.layers.rotary import rotary
@@ -152,16 +153,10 @@ class Attention(nnx.Module):
 
         Raises:
             ValueError: x or the state do not fit, or the implementation cannot compute the call.
+            TypeError: the state is not one of an `Attention`.
         """
-        dim = self.query.inputs[0]
-        if x.shape[2] != dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {dim}]")
-        before = self.start(x.shape[0]) if state is None else state
-        if before.position.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {before.position.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        shell.check_inputs(x, self.query.inputs[0], segment_ids, positions)
+        before = shell.go_on(self, state, AttentionState, x.shape[0])
         if positions is None:
             cache = before.cache
             place = documents.follow(segment_ids, cache.segment, before.position, x.shape[1])

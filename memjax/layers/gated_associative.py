@@ -70,7 +70,7 @@ class GatedAssociativeMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `GatedAssociativeMemory`.
         """
-        shell.check_inputs(x, self.dim, segment_ids)
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, ConvState, x.shape[0])
         local, state = self.conv(x, state, segment_ids=segment_ids)
         bank = self.bank[...].astype(x.dtype)

@@ -153,7 +153,7 @@ class MixtureOfMemories(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `MixtureOfMemories`.
         """
-        shell.check_inputs(x, self.dim, segment_ids)
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, MixtureOfMemoriesState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         share = self.route(x)

@@ -178,7 +178,7 @@ class NeuralMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `NeuralMemory`.
         """
-        shell.check_inputs(x, self.dim, segment_ids)
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         aligned = aligned or (state is None and segment_ids is None)
         state = shell.go_on(self, state, NeuralMemoryState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)

@@ -126,7 +126,7 @@ class RWKV7(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of an `RWKV7`.
         """
-        shell.check_inputs(x, self.dim, segment_ids)
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, RWKV7State, x.shape[0])
         before, last = self._before(x, state.last, segment_ids)
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -43,12 +43,14 @@ def check_rate(name: str, value: float | int) -> None:
 def check_inputs(
     x: Array, dim: int, segment_ids: Array | None = None, positions: Array | None = None
 ) -> None:
-    """Raises ValueError where x is not [B, T >= 1, dim], or the others are not [B, T]."""
+    """Raises ValueError where x is not [B, T >= 1, dim], or others are no integers [B, T]."""
     if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1:
         raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {dim}]")
     for name, given in (("segment_ids", segment_ids), ("positions", positions)):
         if given is not None and given.shape != x.shape[:2]:
             raise ValueError(f"{name} has shape {given.shape}, must be {x.shape[:2]}")
+        if given is not None and not jnp.issubdtype(given.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {given.dtype}")
 
 
 def go_on(layer: nnx.Module, state: State | None, kind: type[State], batch: int) -> State:

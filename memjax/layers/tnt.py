@@ -160,7 +160,7 @@ class TNTMemory(nnx.Module):
             ValueError: x, the state or segment_ids do not fit.
             TypeError: the state is not one of a `TNTMemory`.
         """
-        shell.check_inputs(x, self.dim, segment_ids)
+        shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, TNTState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         place = documents.follow(segment_ids, state.segment, state.seen, x.shape[1])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memjax import documents
-from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary
+from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary, shell
 from memjax.miras.forms.remat import grouped_scan
 from memjax.models.combine import Combine
 from memjax.sharding import constrain
@@ -125,17 +125,9 @@ class MemoryAsContext(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], MemoryAsContextState]:
         """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
-        dim = self.query.inputs[0]
-        if x.shape[2] != dim or x.shape[1] < 1:
-            raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {dim}]")
+        shell.check_inputs(x, self.query.inputs[0], segment_ids, positions)
         alone = state is None and segment_ids is None
-        if state is None:
-            state = self.start(x.shape[0])
-        if state.slot.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the state is for a batch of {state.slot.shape[0]}, x has {x.shape[0]}; "
-                f"use start({x.shape[0]})"
-            )
+        state = shell.go_on(self, state, MemoryAsContextState, x.shape[0])
         tokens = self._tokens(x, state, segment_ids, positions)
         if x.shape[1] == 1:
             return self._piece(tokens, state)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from memjax.layers import Attention, AttentionState, NeuralMemory, NeuralMemoryState, RMSNorm
+from memjax.layers import Attention, AttentionState, NeuralMemory, NeuralMemoryState, RMSNorm, shell
 from memjax.models.combine import Combine
 from memjax.typing import Array, Float, Int
 
@@ -57,7 +57,7 @@ class MemoryAsGate(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], BranchesState]:
         """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
-        attended, memorised = (None, None) if state is None else state
+        attended, memorised = _branches(self, x, state)
         beside = {"segment_ids": segment_ids, "positions": positions}
         y, attended = self.attention(x, attended, **beside)
         m, memorised = self.memory(x, memorised, **beside)
@@ -96,8 +96,15 @@ class MemoryAsLayer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], BranchesState]:
         """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
-        attended, memorised = (None, None) if state is None else state
+        attended, memorised = _branches(self, x, state)
         beside = {"segment_ids": segment_ids, "positions": positions}
         m, memorised = self.memory(x, memorised, **beside)
         y, attended = self.attention(self.norm(m), attended, **beside)
         return m + y, BranchesState(attended, memorised)
+
+
+def _branches(mixer, x, state):
+    """The states that both go on from; without one each begins, and knows that it does."""
+    if state is None:
+        return None, None
+    return shell.go_on(mixer, state, BranchesState, x.shape[0])

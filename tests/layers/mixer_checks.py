@@ -242,6 +242,8 @@ def check_refusals(case, other=None):
     refuses(rf"\(2, 0, {case.dim}\)", x[:, :0])
     refuses(rf"\(5, {case.dim}\)", x[0])
     refuses(r"segment_ids.*\(2, 4\).*\(2, 5\)", x, segment_ids=jnp.ones((2, 4), int))
+    refuses(r"positions.*\(2, 4\).*\(2, 5\)", x, positions=jnp.ones((2, 4), int))
+    refuses(r"segment_ids must be integers, got float", x, segment_ids=jnp.ones((2, 5)))
     refuses(r"batch of 1, x has 2; use start\(2\)", x, module.start(1))
     refuses(r"State, got tuple: use start", x, (1, 2), error=TypeError)
     if other is not None:

@@ -272,7 +272,7 @@ def test_bad_options_are_named(options, message):
         (lambda layer: layer(jnp.ones((2, 5, 6)), layer.start(1)), r"start\(2\)"),
         (
             lambda layer: layer(jnp.ones((2, 5, 6)), mixer(window=3).start(2)),
-            r"cache\.keys.*window 4",
+            r"another Attention: cache\.keys is \(2, 3, 2, 4\), here \(2, 4, 2, 4\)",
         ),
     ],
 )

@@ -4,6 +4,7 @@ Each check of the suite takes the compiled mixer as an argument and is held agai
 """
 
 import functools
+import inspect
 import itertools
 from typing import Any, NamedTuple
 
@@ -429,6 +430,12 @@ def test_bad_inputs_are_named(name):
             module(x)
     with pytest.raises(ValueError, match=r"start\(2\)"):
         module(X, module.start(1))
+    call = inspect.unwrap(type(module).__call__)  # behind the checks of the tests
+    with pytest.raises(TypeError, match=r"State, got tuple: use start\(2\)"):
+        call(module, X, (1, 2))
+    for beside in ("segment_ids", "positions"):
+        with pytest.raises(ValueError, match=rf"{beside} has shape \(1, 2\)"):
+            call(module, X, **{beside: jnp.ones((1, 2), int)})
 
 
 def test_generates(name):
