@@ -57,7 +57,7 @@ class MemoryAsGate(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], BranchesState]:
         """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
-        attended, memorised = _branches(self, x, state)
+        attended, memorised = _branches(self, x, state, segment_ids, positions)
         beside = {"segment_ids": segment_ids, "positions": positions}
         y, attended = self.attention(x, attended, **beside)
         m, memorised = self.memory(x, memorised, **beside)
@@ -96,15 +96,16 @@ class MemoryAsLayer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], BranchesState]:
         """Mixes the tokens of x, going on from `state`; arguments as for every mixer."""
-        attended, memorised = _branches(self, x, state)
+        attended, memorised = _branches(self, x, state, segment_ids, positions)
         beside = {"segment_ids": segment_ids, "positions": positions}
         m, memorised = self.memory(x, memorised, **beside)
         y, attended = self.attention(self.norm(m), attended, **beside)
         return m + y, BranchesState(attended, memorised)
 
 
-def _branches(mixer, x, state):
+def _branches(mixer, x, state, segment_ids, positions):
     """The states that both go on from; without one each begins, and knows that it does."""
+    shell.check_inputs(x, mixer.memory.dim, segment_ids, positions)
     if state is None:
         return None, None
     return shell.go_on(mixer, state, BranchesState, x.shape[0])
