@@ -119,7 +119,7 @@ def get_config(variant: str = "mqar") -> ConfigDict:
         return sweep.complete(
             {
                 "tasks": {"mqar": {"vocabulary": 16, "length": 16, "pairs": 2}},
-                "models": {"ttt": {"pattern": ("lmm",)}, "transformer": {}},
+                "models": {"lmm-ttt": {"pattern": ("lmm",)}, "transformer": {}},
                 "model": {
                     "layers": 1,
                     "heads": 1,

@@ -62,16 +62,16 @@ def test_the_whole_way(tmp_path):
     done = script(*arguments)
     assert done.returncode == 0, done.stderr
     assert "4 runs, 0 of them finished already" in done.stderr
-    assert re.search(r"\[1/4\] mqar ttt d8 s0 lr 0.01: accuracy 0\.\d+ \(4 steps", done.stderr)
+    assert re.search(r"\[1/4\] mqar lmm-ttt d8 s0 lr 0.01: accuracy 0\.\d+ \(4 steps", done.stderr)
     assert re.search(r"\[4/4\] mqar transformer d8 s0 lr 0.001: .*; 0 s left", done.stderr)
     assert "\r" not in done.stderr, "no bar in a log file"
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert [line.split("|")[2].strip() for line in table[2:]] == ["ttt", "transformer"]
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["lmm-ttt", "transformer"]
     assert (tmp_path / "recall.png").stat().st_size > 5000
     assert table[2] in (tmp_path / "recall.md").read_text()
     content = json.loads((tmp_path / "recall.json").read_text())
     assert len(content["runs"]) == 4
-    assert content["rows"][0]["model"] == "ttt"
+    assert content["rows"][0]["model"] == "lmm-ttt"
     assert {"memjax", "jax", "device"} <= content["versions"].keys()
 
     files = sorted((tmp_path / "runs" / "mqar").iterdir())

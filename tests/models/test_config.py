@@ -15,6 +15,9 @@ from memjax.models.config import memory_fields
 from memjax.models.registry import Registry
 from tests.models.toys import config_of
 
+# before other tests register theirs
+BLOCKS = [name for name in mixers.registry.names() if not name.startswith("toy_")]
+
 
 def test_round_trip_through_json():
     config = config_of(
@@ -143,15 +146,11 @@ def test_the_page_of_blocks_says_which_fields_each_reads():
         for _, names, _, fields, _ in rows
         for name in re.findall(r"`(\w+)`", names)
     }
-    assert found == {
-        name: memory_fields(name, MemoryConfig())
-        for name in mixers.registry.names()
-        if not name.startswith("toy_")
-    }
+    assert found == {name: memory_fields(name, MemoryConfig()) for name in BLOCKS}
     assert memory_fields("mine", MemoryConfig()) is None
 
 
-@pytest.mark.parametrize("name", [n for n in mixers.registry.names() if not n.startswith("toy_")])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_reads_the_fields_that_it_is_said_to(name):
     """Another value of one of them makes another module, of any other the same."""
     others = {
