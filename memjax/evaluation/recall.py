@@ -12,7 +12,7 @@ from flax import nnx
 from memjax.data.tasks import Task, TaskBatch
 from memjax.evaluation import losses
 from memjax.evaluation.losses import Batch
-from memjax.models import LanguageModel, LanguageModelConfig
+from memjax.models import AUXILIARY_LOSS, LanguageModel, LanguageModelConfig, statistics
 from memjax.typing import Array, Float, Key, PyTree
 
 
@@ -69,13 +69,15 @@ def forward(
       key: not used.
 
     Returns:
-      (logits [B, K, Q], no statistics).
+      (logits [B, K, Q], of the statistics the auxiliary loss where there is one).
     """
     del key
-    x, _ = model.hidden(
+    x, state = model.hidden(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
-    return model.head(jnp.take_along_axis(x, batch["places"][..., None], axis=1)), {}
+    logits = model.head(jnp.take_along_axis(x, batch["places"][..., None], axis=1))
+    reported = statistics(state)
+    return logits, {name: reported[name] for name in reported if name == AUXILIARY_LOSS}
 
 
 def totals(

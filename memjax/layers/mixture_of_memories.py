@@ -1,5 +1,6 @@
 """Mixture of memories: a router decides which of several matrix memories a token is written to."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm, unit
-from memjax.layers.statistics import MemoryStats
+from memjax.layers.statistics import Auxiliary, MemoryStats
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
@@ -24,11 +25,13 @@ class MixtureOfMemoriesState(NamedTuple):
         memory: the matrices of all memories; heads are memory by memory.
         convs: inputs of the convolutions of queries, keys and values.
         stats: means of surprise and gates over the tokens of the last call, by head.
+        balance: the balancing loss of the last call; None where the layer has none.
     """
 
     memory: miras.State
     convs: tuple[ConvState, ...]
     stats: MemoryStats
+    balance: Auxiliary | None
 
 
 class MixtureOfMemories(nnx.Module):
@@ -42,7 +45,12 @@ class MixtureOfMemories(nnx.Module):
 
     Memory 0 is the shared one. What a token does not use neither learns from it nor decays, so
     memories interfere less. All memories are computed for all tokens, with rate 0 and decay 1
-    where they are not used.
+    where they are not used. The router is kept from sending all tokens to a few memories by
+
+        loss += balance M sum_m f_m mean_t p_{t,m}      f_m = tokens routed to m / (active T)
+
+    of each row, m = 1 .. M, p before the others are dropped: `balance` where all are used alike. It
+    is in the state, and `memjax.training` adds it (see `memjax.models.statistics`).
 
     Args:
         dim: model dimension E.
@@ -50,14 +58,16 @@ class MixtureOfMemories(nnx.Module):
         head_dim: dimension of keys and values (default dim / heads).
         memories: M, those that are routed to.
         active: memories that a token uses besides the shared one. Where it is 1 the share is 1
-            whatever the router says: nothing trains the router.
+            whatever the router says: nothing but the balancing loss trains the router.
+        balance: coefficient of the balancing loss, 0 for none.
         conv: width of the depthwise causal convolutions, 0 for none.
         rule: of every memory (default `miras.zoo.gated_delta_net()`); structure `matrix()`, scalar
             decay, a rate per token.
         rngs: the stream `params` draws the weights.
     Raises:
         ValueError: sizes or a rule that do not fit.
-    Source: Mixture-of-Memories (arXiv:2502.13685), section 3.
+    Source: Mixture-of-Memories (arXiv:2502.13685), section 3; the loss is that of Switch
+        Transformers (arXiv:2101.03961), section 2.2, for several memories a token.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class MixtureOfMemories(nnx.Module):
         *,
         memories: int = 4,
         active: int = 2,
+        balance: float | int = 0.01,
         conv: int = 4,
         rule: miras.Rule | None = None,
         rngs: nnx.Rngs,
@@ -80,6 +91,8 @@ class MixtureOfMemories(nnx.Module):
             )
         if not 1 <= active <= memories:
             raise ValueError(f"active {active} must be between 1 and memories {memories}")
+        if not 0 <= balance < math.inf:
+            raise ValueError(f"balance {balance} must be a finite number of at least 0")
         rule = miras.zoo.gated_delta_net() if rule is None else rule
         learner = rule.learner
         if (
@@ -98,7 +111,7 @@ class MixtureOfMemories(nnx.Module):
                 f"not {rule}"
             )
         self.dim, self.heads, self.head_dim, self.rule = dim, heads, head_dim, rule
-        self.memories, self.active = memories, active
+        self.memories, self.active, self.balance = memories, active, balance
         every = memories + 1
 
         def project(count: int) -> Linear:
@@ -130,7 +143,8 @@ class MixtureOfMemories(nnx.Module):
         convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, heads))
         stats = MemoryStats(None, nothing, None, None if self.retain is None else nothing)
-        return jax.tree.map(jnp.copy, MixtureOfMemoriesState(memory, convs, stats))
+        balance = Auxiliary(jnp.zeros(batch)) if self.balance else None
+        return jax.tree.map(jnp.copy, MixtureOfMemoriesState(memory, convs, stats, balance))
 
     def __call__(
         self,
@@ -156,7 +170,7 @@ class MixtureOfMemories(nnx.Module):
         shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, MixtureOfMemoriesState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
-        share = self.route(x)
+        share, balance = self._route(x)
         used = jnp.repeat(share > 0, self.heads, axis=-1)
         lr = jnp.where(used, self.lr(x), 0)
         retain = None if self.retain is None else jnp.where(used, self.retain(x), 1)
@@ -171,7 +185,8 @@ class MixtureOfMemories(nnx.Module):
         y = constrain(
             self.out(constrain(m, ("batch", "time", "heads", "kv"))), ("batch", "time", "embed")
         )
-        return y, MixtureOfMemoriesState(memory, convs, shell.stats(None, lr, None, retain))
+        stats = shell.stats(None, lr, None, retain)
+        return y, MixtureOfMemoriesState(memory, convs, stats, balance)
 
     def route(self, x: Float[Array, "B T E"]) -> Float[Array, "B T M"]:
         """The share of each memory in what a token reads, [B, T, M + 1] in fp32, the shared first.
@@ -179,12 +194,21 @@ class MixtureOfMemories(nnx.Module):
         Args:
             x: [B, T, dim].
         """
+        return self._route(x)[0]
+
+    def _route(self, x):
+        """`route`, and the balancing loss of each row."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         p = jax.nn.softmax(self.router(wide), axis=-1)
         largest, which = jax.lax.top_k(p, self.active)
-        kept = jnp.sum(jax.nn.one_hot(which, self.memories, dtype=p.dtype), axis=-2) * p
-        kept = kept / jnp.sum(largest, axis=-1, keepdims=True)
-        return jnp.concatenate([jnp.ones_like(kept[..., :1]), kept], axis=-1)
+        chosen = jnp.sum(jax.nn.one_hot(which, self.memories, dtype=p.dtype), axis=-2)
+        kept = chosen * p / jnp.sum(largest, axis=-1, keepdims=True)
+        share = jnp.concatenate([jnp.ones_like(kept[..., :1]), kept], axis=-1)
+        if not self.balance:
+            return share, None
+        load = jnp.mean(chosen, axis=1) / self.active
+        unequal = self.memories * jnp.sum(load * jnp.mean(p, axis=1), axis=-1)
+        return share, Auxiliary((self.balance * unequal).astype(float))
 
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""

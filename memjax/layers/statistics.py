@@ -1,4 +1,4 @@
-"""What a memory reports about itself while it runs."""
+"""What a layer leaves in its state about the last call: means to log, a loss to train on."""
 
 from typing import NamedTuple
 
@@ -23,3 +23,16 @@ class MemoryStats(NamedTuple):
     lr: Float[Array, "*L B H"]
     momentum: Float[Array, "*L B H"] | None
     retain: Float[Array, "*L B H"] | None
+
+
+class Auxiliary(NamedTuple):
+    """A loss of a layer's own over one call, which training adds to that of the tokens.
+
+    Kept in the state with its gradient, weighted as it is to be added;
+    `memjax.models.statistics` sums it over the layers.
+
+    Args:
+        loss: of each row, [B]; inside a stack of layers with a leading layers axis.
+    """
+
+    loss: Float[Array, "*L B"]

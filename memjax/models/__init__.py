@@ -6,9 +6,10 @@ from memjax.models.config import LanguageModelConfig, MemoryConfig
 from memjax.models.generation import generate, sample
 from memjax.models.language_model import LanguageModel, LanguageModelState
 from memjax.models.presets import parameter_count, preset
-from memjax.models.reports import statistics
+from memjax.models.reports import AUXILIARY_LOSS, statistics
 
 __all__ = [
+    "AUXILIARY_LOSS",
     "Block",
     "LanguageModel",
     "LanguageModelConfig",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ _READS = {
         ("delta_net", "gated_delta_net", "kda"), "heads value_dim negative_eigenvalues"
     ),
     "rwkv7": "heads",
-    "mom": "heads memories active",
+    "mom": "heads memories active balance",
     "tnt": "heads chunk expansion local_chunks shard lr_max",
     "self_referential_titans": _SELF_REFERENTIAL,
     "continuum": _CONTINUUM,
@@ -59,6 +60,7 @@ class MemoryConfig:
             that have them: ATLAS and its kin.
         memories, active: of the mixer "mom": memories that are routed to, and how many a token
             uses.
+        balance: of "mom": coefficient of the loss that spreads tokens over the memories.
         local_chunks, shard: of the mixer "tnt", see `layers.TNTMemory`; its `chunk` is `chunk`.
         slots: of the mixer "gam".
         periods: of the mixers "continuum" and "hope": tokens between two steps of each level.
@@ -85,6 +87,7 @@ class MemoryConfig:
     degree: int = 2
     memories: int = 4
     active: int = 2
+    balance: float | int = 0.01
     local_chunks: tuple[int, ...] = (8, 16)
     shard: int = 2048
     slots: int = 512
@@ -106,6 +109,10 @@ class MemoryConfig:
         sizes = ("heads", "depth", "expansion", "chunk", "value_dim", "projection_chunk")
         _at_least(self, "memory.", 1, sizes, optional=True)
         self._check_sizes()
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(
+                f"memory.balance must be a finite number of at least 0, got {self.balance!r}"
+            )
         for name in ("norm", "residual", "momentum", "decay"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(

@@ -236,6 +236,7 @@ def mixture_of_memories(config, rngs: nnx.Rngs) -> MixtureOfMemories:
         *_heads(config),
         memories=config.memory.memories,
         active=config.memory.active,
+        balance=config.memory.balance,
         conv=config.conv,
         rngs=rngs,
     )

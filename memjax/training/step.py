@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memjax import sharding
+from memjax import models, sharding
 from memjax.evaluation import losses
 from memjax.evaluation.losses import Batch, Forward, forward
 from memjax.evaluation.placement import batch_sharding
@@ -41,9 +41,10 @@ def gradients(
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
     """Gradients of the mean loss over a batch.
 
-        loss = (sum of w * cross-entropy) / (sum of w),    both sums over all microbatches
+        loss = (sum of w * cross-entropy) / (sum of w) + mean of `statistics["auxiliary_loss"]`,
 
-    so that `accumulate` changes the memory and nothing else, whatever the weights.
+    sums and mean over all microbatches, so that `accumulate` changes the memory and nothing else,
+    whatever the weights.
 
     Args:
       graphdef: static part of the model.
@@ -52,7 +53,8 @@ def gradients(
       key: split over the microbatches, for `forward`.
       byte_lengths: [Q].
       accumulate: number of microbatches, run one after another.
-      forward: (model, batch, key) -> (logits, statistics).
+      forward: (model, batch, key) -> (logits, statistics); "auxiliary_loss" among them, where there
+        is one, is trained on too.
 
     Returns:
       (gradients like params, totals of `losses.totals`, statistics averaged over microbatches).
@@ -64,7 +66,8 @@ def gradients(
     def loss(params, part, key):
         logits, statistics = forward(nnx.merge(graphdef, params), part, key)
         totals = losses.totals(logits, part, byte_lengths)
-        return totals["nats"] / weight, (totals, statistics)
+        auxiliary = statistics.get(models.AUXILIARY_LOSS, 0.0) / accumulate
+        return totals["nats"] / weight + auxiliary, (totals, statistics)
 
     gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:

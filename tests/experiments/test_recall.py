@@ -13,6 +13,7 @@ import pytest
 from memjax.models import mixers
 from memjax.training import cli, sweep
 from memjax.training.config import plain
+from memjax.training.sweep import runs
 from memjax.training.sweep.runs import duration
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -115,6 +116,18 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, monkeypatch):
     assert [r._replace(seconds=0) for _, r in found] == [r._replace(seconds=0) for _, r in whole]
 
 
+def test_a_log_file_tells_how_far_a_run_is(tmp_path, monkeypatch, capsys):
+    train = {"steps": 4, "batch": 4, "warmup": 0, "log_every": 2}
+    one = config(train=train, lrs=(1e-2,))
+    sweep.run(sweep.read(one), str(tmp_path / "quick"))
+    assert "step" not in capsys.readouterr().err.replace("4 steps", "")
+    monkeypatch.setattr(runs, "LOG_SECONDS", 0)
+    sweep.run(sweep.read(one), str(tmp_path / "slow"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 + 2  # what a sweep says anyway; after 2 and 4 steps
+    assert re.fullmatch(r"parity small d4 s0 lr 0.01: step 2 of 4, loss \d+\.\d{3}", lines[1])
+
+
 def test_results_of_other_settings_are_not_mixed(tmp_path):
     run(tmp_path, lrs=(1e-2,))
     train = {**config()["train"], "steps": 3}
@@ -123,6 +136,20 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     # but more of the same is added to what is there
     found, _ = run(tmp_path, lrs=(1e-2, 1e-1))
     assert len(found) == 2
+
+
+def test_a_result_older_than_a_field_counts_as_having_its_default(tmp_path):
+    settings = {"lrs": (1e-2,), "models": {"small": {"memory": {"lr_max": 0.1}}}}
+    run(tmp_path, **settings)
+    (path,) = tmp_path.glob("runs/*/*.json")
+    content = json.loads(path.read_text())
+    del content["run"]["model"]["memory"]["lr_max"]
+    path.write_text(json.dumps(content))
+    assert len(run(tmp_path, **settings)[0]) == 1
+    assert json.loads(path.read_text()) == content, "not run again"
+    settings["models"]["small"]["memory"] = {"lr_max": 0.2}
+    with pytest.raises(ValueError, match=r"model.memory.lr_max = 0.1, but this sweep has 0.2"):
+        run(tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

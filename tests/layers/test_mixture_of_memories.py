@@ -1,5 +1,6 @@
 """Mixtures of memories against NumPy, at float64, and through what every mixer must be."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,6 +67,45 @@ def test_shares_are_those_of_the_largest_and_sum_to_one():
     assert sorted(equal[0, 0, 1:].tolist()) == [0, 0.5, 0.5]
 
 
+@float64
+def test_balancing_loss_is_its_equation_and_falls_where_the_router_spreads():
+    x = checks.inputs(CASE, 70)
+    module = build(balance=0.25)
+    parameters = {"router.weight": np.asarray(module.router.weight[...], np.float64)}
+    _, state = module(jnp.asarray(x))
+    for row, loss in zip(x, state.balance.loss, strict=True):
+        scores = row @ parameters["router.weight"]
+        p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        routed = oracle.shares(parameters, row, 2)[:, 1:] > 0
+        want = 0.25 * MEMORIES * np.sum(routed.sum(0) / (2 * 70) * p.mean(0))
+        np.testing.assert_allclose(loss, want, rtol=1e-12)
+        assert loss > 0.25
+    module.router.weight[...] *= 0
+    _, state = module(jnp.asarray(x))
+    np.testing.assert_allclose(state.balance.loss, 0.25, rtol=1e-12)  # all alike: its least
+    plain = build(balance=0)
+    y, state = plain(jnp.asarray(x))
+    assert state.balance is None
+    np.testing.assert_array_equal(y, build()(jnp.asarray(x))[0])
+
+
+@float64
+def test_balancing_loss_alone_trains_the_router_of_one_active_memory():
+    def gradient(balance):
+        graphdef, params = nnx.split(build(active=1, balance=balance), nnx.Param)
+
+        def loss(params):
+            y, state = nnx.merge(graphdef, params)(x)
+            own = 0 if state.balance is None else state.balance.loss.sum()
+            return jnp.square(y).sum() + own
+
+        return jax.grad(loss)(params)["router"]["weight"][...]
+
+    x = jnp.asarray(checks.inputs(CASE, 70))
+    np.testing.assert_allclose(gradient(0), 0, atol=1e-12)
+    assert jnp.abs(gradient(1.0)).max() > 1e-3
+
+
 def test_a_memory_that_is_not_used_stays_bit_by_bit():
     module, x = CASE.module(), jnp.asarray(checks.inputs(CASE, 70), jnp.float32)
     _, before = CASE.run(CASE.values, x, module.start(2), None)
@@ -92,6 +132,8 @@ def test_a_memory_that_is_not_used_stays_bit_by_bit():
         ({"head_dim": 0}, "head_dim 0"),
         ({"memories": 0}, "memories 0"),
         ({"conv": -1}, "conv -1"),
+        ({"balance": -0.1}, "balance -0.1 must be a finite number of at least 0"),
+        ({"balance": float("nan")}, "balance nan must be"),
         ({"active": 0}, "active 0 must be between 1 and memories 3"),
         ({"active": 4}, "active 4 must be between 1 and memories 3"),
         ({"rule": miras.zoo.titans()}, r"a rule of matrix\(\)"),

@@ -156,9 +156,9 @@ def test_a_block_reads_the_fields_that_it_is_said_to(name):
     others = {
         "rule": "yaad", "heads": 4, "depth": 1, "expansion": 3, "norm": False, "residual": False,
         "momentum": False, "decay": False, "chunk": 32, "window": 3, "degree": 3, "memories": 3,
-        "active": 1, "local_chunks": (4, 8), "shard": 64, "slots": 5, "periods": (4,),
-        "projection_chunk": 32, "lr_max": 0.3, "continuum_lr_max": 0.3, "combine": "sum",
-        "value_dim": 6, "negative_eigenvalues": True,
+        "active": 1, "balance": 0.5, "local_chunks": (4, 8), "shard": 64, "slots": 5,
+        "periods": (4,), "projection_chunk": 32, "lr_max": 0.3, "continuum_lr_max": 0.3,
+        "combine": "sum", "value_dim": 6, "negative_eigenvalues": True,
     }  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(MemoryConfig)}
 
@@ -179,6 +179,8 @@ def test_a_block_reads_the_fields_that_it_is_said_to(name):
             ({name: 0}, f"memory.{name} must be an integer of at least 1, got 0")
             for name in ("window", "degree", "memories", "active", "shard", "slots")
         ),
+        ({"balance": -1}, "memory.balance must be a finite number of at least 0, got -1"),
+        ({"balance": float("inf")}, "memory.balance must be a finite"),
         ({"active": 5}, "memory.active 5 must be at most memory.memories 4"),
         ({"memories": 1}, "memory.active 2 must be at most memory.memories 1"),
         ({"local_chunks": (8, 0)}, r"memory.local_chunks must be .* at least 1, .*got \(8, 0\)"),

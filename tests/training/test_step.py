@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from memjax import models, sharding
+from memjax.evaluation import losses
 from memjax.evaluation.placement import place
 from memjax.training import optimizer, state, step
 from memjax.training.config import TrainConfig
@@ -92,7 +93,11 @@ def test_a_batch_without_counted_tokens_is_no_nan():
 
 @functools.cache
 def model():
-    config = models.LanguageModelConfig.from_dict({**helpers.MODEL, "vocab": 32})
+    return model_of()
+
+
+def model_of(**changes):
+    config = models.LanguageModelConfig.from_dict({**helpers.MODEL, "vocab": 32, **changes})
     return nnx.split(models.LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
 
 
@@ -131,6 +136,34 @@ def test_accumulation_is_the_big_batch(accumulate):
         np.testing.assert_allclose(
             helpers.leaves(grads)[name] / scale, value / scale, atol=1e-5, err_msg=name
         )
+
+
+def test_an_auxiliary_loss_is_added_whatever_the_accumulation():
+    routed = {"pattern": ("mom",), "memory": {"balance": 0.5}}
+    graphdef, params = model_of(**routed)
+    batch, lengths = jax.tree.map(jnp.asarray, text_batch()), np.ones(32, np.int32)
+
+    def loss(params):
+        """By hand: the mean over the counted tokens, and the layers' own."""
+        logits, statistics = losses.forward(nnx.merge(graphdef, params), batch, jax.random.key(0))
+        nats = losses.token_losses(logits, batch["targets"])
+        own = statistics["auxiliary_loss"]
+        assert own.shape == ()
+        return jnp.sum(batch["weights"] * nats) / jnp.sum(batch["weights"]) + own, own
+
+    expected, own = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert own >= 0.5 * 0.99 * len(params["blocks"])
+    for accumulate in (1, 4):
+        take = functools.partial(
+            step.gradients, graphdef, byte_lengths=lengths, accumulate=accumulate
+        )
+        grads, _, statistics = jax.jit(take)(params, batch, jax.random.key(0))
+        np.testing.assert_allclose(statistics["auxiliary_loss"], own, rtol=1e-6)
+        for name, value in helpers.leaves(expected).items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(
+                helpers.leaves(grads)[name] / scale, value / scale, atol=1e-5, err_msg=name
+            )
 
 
 def test_the_mean_of_microbatch_means_is_not_the_big_batch():

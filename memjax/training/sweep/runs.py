@@ -20,6 +20,8 @@ from memjax.training.signals import StopSignals
 from memjax.training.sweep.grid import Run, Sweep
 from memjax.training.tasks import Outcome, Stopped, TaskTrainer
 
+LOG_SECONDS = 60  # between two lines about a run that goes on, where there is no terminal
+
 
 class Record(NamedTuple):
     """What is kept of a finished run, in its JSON under `result`.
@@ -53,7 +55,8 @@ def finished(run: Run) -> Record | None:
     try:
         with open(run.path, encoding="utf-8") as file:
             content = json.load(file)
-        saved, record = content["run"], Record(**content["result"])
+        saved = config_lib.with_new_fields(content["run"], run.identity())
+        record = Record(**content["result"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{run.path} is not the result of a run ({type(error).__name__}: {error}); delete it,"
@@ -138,19 +141,25 @@ def run(
 
 def _run_one(one: Run, trainer: TaskTrainer, signals: StopSignals, progress: bool) -> Record | None:
     """The result of a run, or None when a signal stopped it."""
+    terminal = sys.stderr.isatty()
+    said = time.perf_counter()
     with tqdm(
         total=trainer.train.steps,
         desc=one.name,
         unit="step",
         leave=False,
         dynamic_ncols=True,
-        # In a log file the old bars would bury the lines.
-        disable=not progress or not sys.stderr.isatty(),
+        # In a log file the old bars would bury the lines: a line now and then instead.
+        disable=not progress or not terminal,
     ) as bar:
 
         def keep_going(step: int, loss: float) -> bool:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update(step - bar.n)
+            nonlocal said
+            if not terminal and time.perf_counter() - said >= LOG_SECONDS:
+                said = time.perf_counter()
+                _say(progress, f"{one.name}: step {step} of {trainer.train.steps}, loss {loss:.3f}")
             return signals.received(step) is None
 
         try:
