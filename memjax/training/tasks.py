@@ -33,7 +33,8 @@ class ScoreConfig:
       rows: of the test, at least; always the same ones.
       batch: rows at once.
       every: steps between two tests; the last step is followed by one in any case.
-      stop: training ends early at a test with at least this accuracy; above 1 it never does.
+      stop: training ends early at a test with at least this accuracy; above 1 it never does. A
+        sweep then leaves out the other learning rates of the seed.
     """
 
     rows: int = 1024

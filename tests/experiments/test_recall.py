@@ -138,6 +138,17 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     assert len(found) == 2
 
 
+def test_a_rate_that_solves_a_task_is_enough(tmp_path):
+    easy = {**config()["score"], "stop": 1e-6}
+    found, stopped = run(tmp_path, seeds=(0, 1), score=easy)
+    assert stopped is None
+    assert [(one.seed, one.lr) for one, _ in found] == [(0, 1e-2), (1, 1e-2)]
+    assert all(record.accuracy > 0 for _, record in found)
+    assert len(run(tmp_path, seeds=(0, 1), score=easy)[0]) == 2, "nothing more to do"
+    found, _ = run(tmp_path / "hard", seeds=(0, 1), score={**easy, "stop": 2.0})
+    assert len(found) == 4
+
+
 def test_a_result_older_than_a_field_counts_as_having_its_default(tmp_path):
     settings = {"lrs": (1e-2,), "models": {"small": {"memory": {"lr_max": 0.1}}}}
     run(tmp_path, **settings)

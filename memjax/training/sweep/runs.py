@@ -98,7 +98,8 @@ def run(
 
     Each run leaves `<workdir>/runs/<task>/<model>-d<dim>-s<seed>-lr<lr>.json` when it ends, and
     nothing before: after a stop of any kind the same call skips the finished ones and begins the
-    one that was cut off anew.
+    one that was cut off anew. A learning rate that reached `score.stop` is enough: those after it
+    are not tried for that seed.
 
     Args:
       sweep: of `read`.
@@ -118,11 +119,13 @@ def run(
     with exclusive(workdir), StopSignals() as signals:
         everything = sweep.runs(workdir)
         records = {one.path: finished(one) for one in everything}  # complains before any work
-        waiting = [one for one in everything if records[one.path] is None]
+        waiting = _unfinished(everything, records)
         done = len(everything) - len(waiting)
         _say(progress, f"{len(everything)} runs, {done} of them finished already, in {workdir}")
         began, cell, trainer = time.perf_counter(), None, None
         for number, one in enumerate(waiting, 1):
+            if one not in _unfinished(everything, records):
+                continue  # solved since, at another rate
             if one.cell is not cell:
                 # A copy: its compiled programs go when the next cell comes.
                 cell, trainer = one.cell, dataclasses.replace(one.cell.trainer)
@@ -136,7 +139,21 @@ def run(
             if signals.received(number):
                 break
         found = [(one, record) for one in everything if (record := records[one.path])]
-        return found, None if len(found) == len(everything) else signals.received(0)
+        return found, signals.received(0) if _unfinished(everything, records) else None
+
+
+def _unfinished(everything: list[Run], records: dict[str, Record | None]) -> list[Run]:
+    """The runs that have no result and whose seed is not solved at another learning rate."""
+    solved = set()
+    for one in everything:
+        record = records[one.path]
+        if record is not None and record.accuracy >= one.cell.trainer.score.stop:
+            solved.add((id(one.cell), one.seed))
+    return [
+        one
+        for one in everything
+        if records[one.path] is None and (id(one.cell), one.seed) not in solved
+    ]
 
 
 def _run_one(one: Run, trainer: TaskTrainer, signals: StopSignals, progress: bool) -> Record | None:
