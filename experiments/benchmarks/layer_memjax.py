@@ -10,6 +10,7 @@ from flax import nnx
 
 from memjax import miras
 from memjax.layers import NeuralMemory
+from memjax.tpu.operations import products
 
 
 def build(spec: dict):
@@ -41,7 +42,7 @@ def build(spec: dict):
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "compile_seconds": seconds,
         "planned_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "flops": product_flops(jax.make_jaxpr(step)(params, x, weights).jaxpr),
+        "flops": products(jax.make_jaxpr(step)(params, x, weights)),
         "product_rate": product_rate(spec["products"]) if spec["products"] else None,
     }
     watched = harness.Memory()
@@ -65,33 +66,6 @@ def build(spec: dict):
         }
 
     return info, answer
-
-
-def product_flops(jaxpr) -> int:
-    """Floating-point operations of the matrix products of a program, loops counted in full.
-
-    Of the branches of a condition the one where it holds counts: for the memory that is the one
-    that runs where chunks are whole.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contract, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = 1
-            for axis in contract:
-                inner *= left[axis]
-            total += 2 * inner * equation.outvars[0].aval.size
-            continue
-        if equation.primitive.name == "cond":
-            total += product_flops(equation.params["branches"][-1].jaxpr)
-            continue
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inside = getattr(part, "jaxpr", part)
-                if hasattr(inside, "eqns"):
-                    total += equation.params.get("length", 1) * product_flops(inside)
-    return total
 
 
 def product_rate(n: int) -> float:

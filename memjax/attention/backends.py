@@ -55,8 +55,8 @@ def cudnn_limit(q: Array) -> str | None:
         q: [B, T, H, D], the queries (their shape and dtype are read).
     """
     dim = q.shape[3]
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU; the default backend is {jax.default_backend()}"
+    if sharding.platform() != "gpu":
+        return f"it needs an NVIDIA GPU; the platform is {sharding.platform()}"
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it computes in float16 and bfloat16, not {q.dtype}"
     if dim % 8 or dim > 256:
@@ -94,7 +94,7 @@ def choose(
         splash_limit, q, fresh=fresh, window=window, sinks=sinks, prefix=prefix
     )
     if implementation is None:
-        return "splash" if jax.default_backend() == "tpu" and limit() is None else "xla"
+        return "splash" if sharding.platform() == "tpu" and limit() is None else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation {implementation!r} must be None or one of {IMPLEMENTATIONS}"
@@ -133,7 +133,7 @@ def dense(
         [B, T, H, D] in the dtype of q.
     """
     dtype = q.dtype
-    if dtype == jnp.float16 and implementation == "xla" and jax.default_backend() != "gpu":
+    if dtype == jnp.float16 and implementation == "xla" and sharding.platform() != "gpu":
         # only GPUs multiply fp16 into fp32
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if mask is None:

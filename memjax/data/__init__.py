@@ -1,6 +1,6 @@
 """Text data: sources, tokenizers, packing, and pipelines that resume with the same batches."""
 
-from memjax.data.packing import Batch, Plan, make_plan, render
+from memjax.data.packing import DTYPES, Batch, Plan, make_plan, render
 from memjax.data.pipeline import DataConfig, Pipeline, make_pipeline, texts
 from memjax.data.tokenizers import (
     BPETokenizer,
@@ -11,6 +11,7 @@ from memjax.data.tokenizers import (
 )
 
 __all__ = [
+    "DTYPES",
     "BPETokenizer",
     "Batch",
     "ByteTokenizer",

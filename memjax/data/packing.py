@@ -15,7 +15,15 @@ import numpy as np
 from memjax.typing import Int
 
 Batch = dict[str, np.ndarray]
-"""tokens, targets, segment_ids, positions: int32 [B, T]; weights: float32 [B, T]."""
+"""Arrays [B, T] by the names of `DTYPES`."""
+
+DTYPES = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+}
 
 Read = Callable[[int, int, int], np.ndarray]
 """read(document, start, stop): token ids of a stretch of a document, without specials."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from memjax.layers import RMSNorm
@@ -26,6 +27,7 @@ class Block(nnx.Module):
     def __init__(
         self, config: LanguageModelConfig, mixer: str, feed_forward: str, *, rngs: nnx.Rngs
     ):
+        self.names = (f"mixer.{mixer}", f"feed_forward.{feed_forward}")
         self.mixer_norm = RMSNorm(config.dim, rngs=rngs)
         self.mixer = mixers.build(mixer, config, rngs)
         if feed_forward == "none":
@@ -58,10 +60,13 @@ class Block(nnx.Module):
             (y [B, T, E] in the dtype of x, state).
         """
         x = constrain(x, RESIDUAL)
-        y, state = self.mixer(
-            self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions
-        )
-        x = constrain(x + y, RESIDUAL)
+        # profilers and memjax.tpu tell the parts of a model by these names
+        with jax.named_scope(self.names[0]):
+            y, state = self.mixer(
+                self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions
+            )
+            x = constrain(x + y, RESIDUAL)
         if self.feed_forward is not None:
-            x = constrain(x + self.feed_forward(self.feed_forward_norm(x)), RESIDUAL)
+            with jax.named_scope(self.names[1]):
+                x = constrain(x + self.feed_forward(self.feed_forward_norm(x)), RESIDUAL)
         return x, state

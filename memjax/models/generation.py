@@ -14,10 +14,15 @@ from memjax.typing import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampling:
+class Sampling:
+    """How a token is drawn; the arguments of `generate`."""
+
     temperature: float
     top_k: int | None
     top_p: float | None
+
+
+GREEDY = Sampling(0.0, None, None)
 
 
 def generate(
@@ -81,7 +86,7 @@ def generate(
         if temperature > 0:
             raise ValueError("sampling needs a key, such as jax.random.key(0); or temperature=0")
         key = jax.random.key(0)
-    sampling = _Sampling(float(temperature), top_k, None if top_p is None else float(top_p))
+    sampling = Sampling(float(temperature), top_k, None if top_p is None else float(top_p))
     return _stream(model, prompt, length, key, sampling, prefill_chunk)
 
 
@@ -98,7 +103,7 @@ def _stream(
     prompt: Array,
     length: int,
     key: Key,
-    sampling: _Sampling,
+    sampling: Sampling,
     chunk: int,
 ) -> Iterator[Array]:
     if length == 0:
@@ -110,7 +115,7 @@ def _stream(
     token = _pick(logits, jax.random.fold_in(key, 0), sampling).astype(prompt.dtype)
     yield token
     for n in range(1, length):
-        token, state = _step(graphdef, values, state, token, jax.random.fold_in(key, n), sampling)
+        token, state = step(graphdef, values, state, token, jax.random.fold_in(key, n), sampling)
         yield token
 
 
@@ -145,7 +150,26 @@ def _read(graphdef, values, state, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def _step(graphdef, values, state, token, key, sampling):
+def step(
+    graphdef: nnx.GraphDef,
+    values: Any,
+    state: LanguageModelState,
+    token: Int[Array, "B"],
+    key: Key,
+    sampling: Sampling,
+) -> tuple[Int[Array, "B"], LanguageModelState]:
+    """One token of every row: the whole of what `generate` runs for it.
+
+    Args:
+        graphdef, values: `nnx.split(model)`.
+        state: of the tokens before; its buffers are used up.
+        token: [B], the last one.
+        key: of the draw.
+        sampling: how to draw.
+
+    Returns:
+        (the next token [B], state).
+    """
     model = nnx.merge(graphdef, values)
     logits, state = model(token[:, None], state)
     return _pick(logits[:, 0], key, sampling).astype(token.dtype), state

@@ -137,11 +137,12 @@ class LanguageModel(nnx.Module):
         else:
             seen = positions[:, -1] + 1
 
-        table = constrain_params(self.embedding)[...]
-        known = (tokens >= 0) & (tokens < self.config.vocab)
-        # Not the nearest row, which would be silent: the loss of a wrong id is not a number.
-        x = jnp.where(known[..., None], table[tokens], jnp.nan)
-        x = constrain(x.astype(self.config.dtype), RESIDUAL)
+        with jax.named_scope("embedding"):
+            table = constrain_params(self.embedding)[...]
+            known = (tokens >= 0) & (tokens < self.config.vocab)
+            # Not the nearest row, which would be silent: the loss of a wrong id is not a number.
+            x = jnp.where(known[..., None], table[tokens], jnp.nan)
+            x = constrain(x.astype(self.config.dtype), RESIDUAL)
         split = [nnx.split(module) for module in self.blocks]
         graphdefs = [graphdef for graphdef, _ in split]
 
@@ -163,6 +164,7 @@ class LanguageModel(nnx.Module):
         x, blocks = jax.lax.scan(_remat(repeat, self.config.remat), x, (values, states))
         return x, LanguageModelState(blocks, place.last, seen)
 
+    @jax.named_scope("head")
     def head(self, x: Float[Array, "*B E"]) -> Float[Array, "*B Q"]:
         """Logits (fp32) of what `hidden` returns, or of any of its positions: `norm(x) head`.
 

@@ -8,6 +8,7 @@ from memjax.sharding.rules import (
     constrain_params,
     make_mesh,
     param_axes,
+    platform,
     shardings,
     spec,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "constrain_params",
     "make_mesh",
     "param_axes",
+    "platform",
     "shardings",
     "spec",
 ]

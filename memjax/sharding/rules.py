@@ -187,6 +187,16 @@ def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
 
 
+def platform() -> str:
+    """What the program is traced for: "cpu", "gpu" or "tpu".
+
+    That of the mesh of `jax.set_mesh`, which may be of a slice that is not there (`memjax.tpu`);
+    without a mesh, JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: Array, axes: Axes) -> Array:
     """The activation x, laid out as its logical axes say under the mesh of `jax.set_mesh`.
 

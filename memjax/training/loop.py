@@ -23,7 +23,6 @@ from memjax.training import disk, report
 from memjax.training import metrics as metrics_lib
 from memjax.training import run as run_lib
 from memjax.training import state as state_lib
-from memjax.training import step as step_lib
 from memjax.training.checkpoint import Checkpoints, NonFiniteError
 from memjax.training.lock import exclusive
 from memjax.training.signals import StopSignals
@@ -153,18 +152,7 @@ def _train(run, workdir, checkpoints, signals, until, forward, pipeline, held_ou
     if jax.process_index() == 0:
         with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
             json.dump(run.config, file, indent=1)
-    take_step = step_lib.compile(
-        step_lib.make(
-            run.graphdef,
-            run.optimizer,
-            run.learning_rate,
-            run.byte_lengths,
-            accumulate=run.train.accumulate,
-            forward=forward,
-        ),
-        run.abstract_state,
-        run.mesh,
-    )
+    take_step = run.compiled_step(forward)
     evaluate_params = _evaluator(run, held_out)
     options, total = run.train, run.train.steps
     last = total if until is None else min(until, total)

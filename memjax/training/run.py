@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from memjax import data, sharding
+from memjax.evaluation import losses, placement
 from memjax.models import LanguageModel, LanguageModelConfig, feed_forwards, mixers
 from memjax.training import checkpoint
 from memjax.training import config as config_lib
 from memjax.training import optimizer as optimizer_lib
 from memjax.training import state as state_lib
+from memjax.training import step as step_lib
 from memjax.training.config import EvaluateConfig, MeshConfig, TrainConfig
 from memjax.typing import PyTree
 
@@ -102,10 +104,37 @@ class Run:
         """How many parameters the model has."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes))
 
+    def compiled_step(
+        self, forward: losses.Forward = losses.forward
+    ) -> Callable[[state_lib.TrainState, losses.Batch], tuple[state_lib.TrainState, dict]]:
+        """The training step of this run, compiled when it is first called or lowered.
+
+        Args:
+          forward: (model, batch, key) -> (logits, statistics).
+        """
+        step = step_lib.make(
+            self.graphdef,
+            self.optimizer,
+            self.learning_rate,
+            self.byte_lengths,
+            accumulate=self.train.accumulate,
+            forward=forward,
+        )
+        return step_lib.compile(step, self.abstract_state, self.mesh)
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a training batch."""
+        self._check_rows()
+        shape, placed = (self.train.batch, self.context), placement.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+            for name, dtype in data.DTYPES.items()
+        }
+
     def training_data(self) -> data.Pipeline:
         """This host's share of the training batches, from the first one."""
-        part = self.train.batch // self.train.accumulate
-        self._check("train.batch / train.accumulate", part, "train.context", self.context)
+        self._check_rows()
         return self._pipeline("train", self.train.batch, self.context)
 
     def validation_data(self) -> data.Pipeline:
@@ -115,6 +144,10 @@ class Run:
         self._check("evaluate.batch", batch, "evaluate.context", context)
         rows = None if self.evaluate.batches is None else self.evaluate.batches * batch
         return self._pipeline("validation", batch, context, rows=rows)
+
+    def _check_rows(self) -> None:
+        part = self.train.batch // self.train.accumulate
+        self._check("train.batch / train.accumulate", part, "train.context", self.context)
 
     def _check(self, batch_name: str, batch: int, context_name: str, context: int) -> None:
         """Raises a ValueError where the mesh does not divide the batch or the context."""
@@ -144,12 +177,13 @@ class Run:
         )
 
 
-def build(config: ConfigDict | Mapping[str, Any]) -> Run:
+def build(config: ConfigDict | Mapping[str, Any], *, devices: Sequence[Any] | None = None) -> Run:
     """Checks a configuration and makes the parts that it describes.
 
     Args:
       config: sections model, data, train, evaluate, mesh and the entries seed and workdir; what is
         left out takes its default. `model.vocab` defaults to the tokenizer's.
+      devices: of the mesh, by default all; those of a slice that is not there will do to compile.
 
     Returns:
       The parts.
@@ -172,7 +206,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Run:
     train = config_lib.section(TrainConfig, "train", values["train"])
     evaluate = config_lib.section(EvaluateConfig, "evaluate", values["evaluate"])
     sizes = dataclasses.asdict(config_lib.section(MeshConfig, "mesh", values["mesh"]))
-    mesh = sharding.make_mesh(**sizes)
+    mesh = sharding.make_mesh(**sizes, devices=devices)
 
     def make_model(rngs: nnx.Rngs) -> nnx.Module:
         return LanguageModel(model, rngs=rngs)

@@ -78,7 +78,7 @@ def abstract(
     Raises:
       ValueError: a parameter that the mesh does not divide.
     """
-    shapes = jax.eval_shape(lambda key: _initial(make_model, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: _initial(make_model, optimizer, jax.random.key(0)))
     return jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         shapes,

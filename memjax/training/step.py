@@ -65,7 +65,8 @@ def gradients(
 
     def loss(params, part, key):
         logits, statistics = forward(nnx.merge(graphdef, params), part, key)
-        totals = losses.totals(logits, part, byte_lengths)
+        with jax.named_scope("loss"):
+            totals = losses.totals(logits, part, byte_lengths)
         auxiliary = statistics.get(models.AUXILIARY_LOSS, 0.0) / accumulate
         return totals["nats"] / weight + auxiliary, (totals, statistics)
 
@@ -126,8 +127,9 @@ def make(
             accumulate=accumulate,
             forward=forward,
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             **totals,
             "loss": totals["nats"] / jnp.where(totals["tokens"] > 0, totals["tokens"], 1.0),

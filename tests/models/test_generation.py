@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memjax.models import generate, sample
-from memjax.models.generation import _pick, _Sampling
+from memjax.models.generation import Sampling, _pick
 from tests.models.toys import call, model_of, tokens_of
 
 MIXERS = ("toy_average", "transformer", "swa")
@@ -77,7 +77,7 @@ LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
 
 def drawn(temperature=1.0, top_k=None, top_p=None, draws=2000):
     """Frequency of each token, [B, Q]."""
-    sampling = _Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p)
     keys = jax.random.split(jax.random.key(0), draws)
     tokens = jax.vmap(lambda key: _pick(LOGITS, key, sampling))(keys)
     return jnp.mean(jax.nn.one_hot(tokens, 4), axis=0)

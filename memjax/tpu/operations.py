@@ -1,0 +1,48 @@
+"""Arithmetic of a program before it is compiled."""
+
+import math
+from typing import Any
+
+
+def products(jaxpr: Any) -> int:
+    """Floating-point operations of the matrix products of a traced program, loops counted in full.
+
+    A multiply-add counts as two. Of the branches of a condition that where it holds counts: for
+    memories the one that runs where chunks are whole. Under `jax.shard_map` the operations of all
+    devices count, in Pallas kernels those of all steps of the grid.
+
+    Args:
+      jaxpr: such as `jax.make_jaxpr(f)(x)` or `jax.jit(f).trace(x).jaxpr`.
+    """
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = math.prod(left[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif name == "cond":
+            total += products(parameters["branches"][-1])
+        else:
+            total += _times(name, parameters) * sum(map(products, _inside(parameters)))
+    return total
+
+
+def _times(name: str, parameters: dict[str, Any]) -> int:
+    """How often a call runs what is inside."""
+    if name == "shard_map":
+        mesh = parameters["mesh"]
+        # the name that it has differs between versions of JAX
+        axes = parameters.get("newly_manual_axes", parameters.get("manual_axes", mesh.axis_names))
+        return math.prod(mesh.shape[axis] for axis in axes)
+    if name == "pallas_call":
+        return math.prod(parameters["grid_mapping"].grid)
+    return parameters.get("length", 1)
+
+
+def _inside(parameters: dict[str, Any]):
+    for value in parameters.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                yield part
