@@ -16,7 +16,9 @@ import os
 import shlex
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX: a TPU that is here is not touched
+# Before JAX: a TPU that is here is not touched, and a cached program may bear older names.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 from absl import flags
 

@@ -6,7 +6,7 @@ from memjax.models.config import LanguageModelConfig, MemoryConfig
 from memjax.models.generation import generate, sample
 from memjax.models.language_model import LanguageModel, LanguageModelState
 from memjax.models.presets import parameter_count, preset
-from memjax.models.reports import AUXILIARY_LOSS, statistics
+from memjax.models.reports import AUXILIARY_LOSS, auxiliary_loss, statistics
 
 __all__ = [
     "AUXILIARY_LOSS",
@@ -15,6 +15,7 @@ __all__ = [
     "LanguageModelConfig",
     "LanguageModelState",
     "MemoryConfig",
+    "auxiliary_loss",
     "feed_forwards",
     "generate",
     "mixers",

@@ -46,10 +46,20 @@ def statistics(state: LanguageModelState) -> dict[str, Float[Array, ""]]:
                 if value is not None:
                     mean = jnp.mean(value.astype(jnp.float32))
                     scalars[f"layer_{layer:0{digits}d}/{memory}{field}"] = mean
-    own = [jnp.mean(node.loss, axis=-1) for node in _nodes(state.blocks, Auxiliary)]
-    if own:
-        scalars[AUXILIARY_LOSS] = sum(jnp.sum(loss, dtype=jnp.float32) for loss in own)
-    return scalars
+    return scalars | auxiliary_loss(state)
+
+
+def auxiliary_loss(state: PyTree) -> dict[str, Float[Array, ""]]:
+    """What the layers of a model add to the loss, under the name "auxiliary_loss".
+
+    Args:
+        state: what the model returned.
+
+    Returns:
+        The sum over the layers of the means over the batch, fp32; empty where no layer adds any.
+    """
+    own = [jnp.mean(node.loss, axis=-1) for node in _nodes(state, Auxiliary)]
+    return {AUXILIARY_LOSS: sum(jnp.sum(x, dtype=jnp.float32) for x in own)} if own else {}
 
 
 def _nodes(tree: PyTree, kind: type) -> list[Any]:

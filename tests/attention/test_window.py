@@ -363,7 +363,7 @@ QKV = [jnp.ones((2, 5, 4, 4)), jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 2, 4))]
             r"prefix.*\[P, 2, 4\]",
         ),
         (lambda: attend(*QKV, window=2, implementation="flash"), "'flash' must be None or one of"),
-        (lambda: attend(*QKV, window=2, implementation="cudnn"), "cudnn.*GPU.*backend is cpu"),
+        (lambda: attend(*QKV, window=2, implementation="cudnn"), "cudnn.*GPU.*platform is cpu"),
         (
             lambda: attend(*QKV, window=2, sinks=1, implementation="splash"),
             "splash.*no sinks outside the window",
