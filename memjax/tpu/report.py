@@ -142,16 +142,22 @@ def analyse(
       The report.
 
     Raises:
-      ValueError: a bad configuration, topology or mesh.
+      ValueError: a bad configuration, topology or mesh, or a step that does not fit into the memory
+        of a device, with how much it would need.
       ImportError: libtpu is missing or of another version.
     """
-    chip, _ = parse(topology)
+    chip, count = parse(topology)
     run = training.build(config, devices=target.devices(topology))
+    if run.mesh.size != count:
+        raise ValueError(
+            f"the mesh {dict(run.mesh.shape)} has {run.mesh.size} of the {count} devices of"
+            f" {topology}; set one axis to -1 to take what remains"
+        )
     progress(f"tracing the {kind} step for {run.mesh.size} devices of {topology}")
     traced, arguments = steps.trace(run, kind, batch=batch)
     lowered = traced.lower()
     progress("compiling it, which takes minutes for a large model")
-    compiled = lowered.compile()
+    compiled = _compile(lowered, chip)
     progress("reading what was compiled")
     found = costs.costs(hlo.parse(compiled.as_text()))
     schedules = kernels.schedules(traced.jaxpr, topology, chip)
@@ -173,6 +179,20 @@ def analyse(
         rows=rows,
         tokens=rows * run.context if kind == "train" else rows,
     )
+
+
+def _compile(lowered: Any, chip: Chip) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"the step does not fit into the {chip.hbm / 2**30:.0f} GiB of a device of {chip.name}"
+            f" ({' '.join(lines)[:400]}): take a larger slice, fewer rows (train.batch) or more"
+            " train.accumulate, model.remat=full, or split the model (--mesh=fsdp=..., tensor=...)"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -153,3 +153,16 @@ def test_useful_operations_leave_out_what_is_computed_again():
     forward = report.operations.products(jax.make_jaxpr(step)(x, w))
     both = report.operations.products(jax.make_jaxpr(jax.grad(step, (0, 1)))(x, w))
     assert (forward, both) == (2 * 4 * 8 * 8, 4 * 2 * 4 * 8 * 8)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_understood():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"{kind}: the temporaries (31.94G) exceed 15.75G.\n\n")
+
+    kind = "RESOURCE_EXHAUSTED"
+    with pytest.raises(ValueError, match=r"16 GiB of a device of v5e .*31.94G.*model.remat=full"):
+        report._compile(Lowered(), chips.CHIPS["v5e"])
+    kind = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        report._compile(Lowered(), chips.CHIPS["v5e"])
