@@ -96,9 +96,7 @@ def _cost(module: hlo.Module, one: hlo.Executed) -> Cost:
     collective = _collective(module, lines, what)
     kernel = None
     if 'custom_call_target="tpu_custom_call"' in what.attributes:
-        kernel = (
-            what.name.rsplit(".", 1)[0] if what.name.rpartition(".")[2].isdecimal() else (what.name)
-        )
+        kernel = re.sub(r"(\.(\d+|clone))+$", "", what.name)
     if what.opcode == "fusion":
         flops = sum(hlo.flops(module, inner) for inner in what.called("calls"))
     else:

@@ -86,7 +86,8 @@ def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
       chip: that it is made of.
 
     Returns:
-      By name. Of two kernels of one name the one with the larger grid counts.
+      By name; a kernel of which the compiler wrote none is left out. Of two kernels of one name the
+      one with the larger grid counts.
 
     Raises:
       RuntimeError: a kernel does not compile alone; has the compiler's message.

@@ -83,6 +83,7 @@ class Report:
       parts, operations: by part of the model and by opcode, the dearest first.
       traffic: collectives.
       schedules: of Pallas kernels.
+      unmeasured: kernels without a schedule, whose cycles count as 0.
       seconds: `compute`, `collectives` (those nothing can run beside), `step` their sum, and
         `floor`, what operations or bytes take at the chip's peaks.
       utilisation: of the peak, in `seconds["step"]`: `hardware`, by the products that the compiled
@@ -109,6 +110,7 @@ class Report:
     operations: tuple[Part, ...]
     traffic: tuple[Traffic, ...]
     schedules: tuple[kernels.Schedule, ...]
+    unmeasured: tuple[str, ...]
     seconds: dict[str, float]
     utilisation: dict[str, float]
     bound: str
@@ -160,7 +162,11 @@ def analyse(
     compiled = _compile(lowered, chip)
     progress("reading what was compiled")
     found = costs.costs(hlo.parse(compiled.as_text()))
-    schedules = kernels.schedules(traced.jaxpr, topology, chip)
+    try:
+        schedules = kernels.schedules(traced.jaxpr, topology, chip)
+    except RuntimeError as error:  # the rest of the report is worth having
+        progress(str(error))
+        schedules = {}
     rows = run.train.batch if kind == "train" or batch is None else batch
     useful = _useful(run, traced, kind) / run.mesh.size
     return summarise(
@@ -292,6 +298,7 @@ def summarise(
         operations=_grouped(counted, chip, lambda cost: (_operation(cost), False)),
         traffic=traffic,
         schedules=tuple(schedules.values()),
+        unmeasured=tuple(sorted({c.kernel for c in found if c.kernel} - set(schedules))),
         seconds=seconds,
         utilisation={
             "hardware": flops / chip.flops / seconds["step"],

@@ -64,6 +64,8 @@ def _time(report: Any) -> list[str]:
             used = ", ".join(f"{unit} {share:.0%}" for unit, share in one.use.items() if share)
             grid = "x".join(map(str, one.grid))
             lines.append(f"  {one.name}: {one.cycles:,}  {one.rows} x {grid} / {one.cores}  {used}")
+    if report.unmeasured:
+        lines += ["", f"counted as 0 cycles, without a schedule: {', '.join(report.unmeasured)}"]
     lines += [
         "",
         "collectives              part                 count  devices        MiB      time",

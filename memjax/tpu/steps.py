@@ -57,7 +57,7 @@ def _decode(run: Run, batch: int) -> tuple[Any, dict[str, Any]]:
         stacked = "blocks" in jax.tree_util.keystr(path)
         axis = 1 if stacked else 0
         split = leaf.ndim > axis and leaf.shape[axis] == batch
-        axes = [rows if split and place == axis else None for place in range(leaf.ndim)]
+        axes = [rows if split and i == axis else None for i in range(leaf.ndim)]
         placed = NamedSharding(run.mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 

@@ -30,6 +30,7 @@ def summary(**changes):
         cost("mixer.lmm", cycles=900, flops=800_000, moved=10_000, backward=True, certain=False),
         cost("optimizer", cycles=100, moved=9_000, operation="add"),
         cost("mixer.lmm", kernel="wave", times=2),
+        cost("head", kernel="unknown"),
         cost("mixer.lmm", collective=costs.Collective("all-gather", 8_000, 4, False), times=3),
         cost("head", collective=costs.Collective("collective-permute", 5_000, 2, True)),
     ]
@@ -55,13 +56,20 @@ def test_sums_by_hand():
     assert found.utilisation["model"] == pytest.approx(0.6 / 3.8)
     assert found.guessed == pytest.approx(900 / 2000)
     assert found.fits
+    assert found.unmeasured == ("unknown",)
+    assert "without a schedule: unknown" in show.text(found)
     forward, backward = (
         next(p for p in found.parts if (p.name, p.backward) == ("mixer.lmm", b)) for b in (0, 1)
     )
     assert (forward.cycles, forward.flops, forward.bytes) == (1000, 400_000, 10_000)
     assert (backward.bound, backward.floor) == ("compute", pytest.approx(0.8))
     assert found.parts[-1].bound == "memory"
-    assert [part.name for part in found.operations] == ["dot", "kernel wave", "add"]
+    assert [part.name for part in found.operations] == [
+        "dot",
+        "kernel wave",
+        "add",
+        "kernel unknown",
+    ]
     gathered, permuted = found.traffic
     assert (gathered.kind, gathered.count, gathered.bytes, gathered.group) == (
         "all-gather", 3, 24_000, 4,
