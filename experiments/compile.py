@@ -22,7 +22,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 from absl import flags
 
-from memjax.tpu import show, target
+from memjax.tpu import report, show, target
 from memjax.training import cli
 
 CONFIG = cli.define_config()
@@ -46,8 +46,6 @@ def main() -> int:
     if BATCH.value is not None and KIND.value != "decode":
         raise ValueError("--batch is of --kind=decode; a training step has --config.train.batch")
     target.prepare()
-    from memjax.tpu import report
-
     config = CONFIG.value
     for pair in MESH.value:
         name, _, size = pair.partition("=")
@@ -61,7 +59,7 @@ def main() -> int:
         batch=BATCH.value,
         progress=lambda words: print(words, file=sys.stderr, flush=True),
     )
-    name = "-".join(found.mesh[axis] and f"{axis}{found.mesh[axis]}" for axis in found.mesh)
+    name = "-".join(f"{axis}{size}" for axis, size in found.mesh.items())
     slug = f"{'-'.join(config.model.pattern)}-{KIND.value}-{TOPOLOGY.value}-{name}"
     out = OUT.value or os.path.join("runs", "compile", slug.replace(":", "-"))
     paths = report.write(found, out, shlex.join(["python", *sys.argv]))

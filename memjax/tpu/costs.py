@@ -152,14 +152,13 @@ def _bytes(module: hlo.Module, lines: dict[str, hlo.Instruction], what: hlo.Inst
     def size_of(name: str) -> int:
         return _size(lines[name].type) if name in lines else 0
 
-    opcode = what.opcode.removesuffix("-start")
     if what.opcode in ("copy-start", "slice-start"):  # a tuple of target, source and a flag
         return sum(array.bytes for array in hlo.arrays(what.type)[:2] if array.space == 0)
-    if opcode in ("dynamic-slice", "gather"):
+    if what.opcode in ("dynamic-slice", "gather"):
         return 2 * _size(what.type)
-    if opcode == "dynamic-update-slice":
+    if what.opcode == "dynamic-update-slice":
         return 2 * size_of(what.operands[1])
-    if opcode == "fusion":
+    if what.opcode == "fusion":
         return _fused_bytes(module, lines, what)
     return sum(map(size_of, set(what.operands))) + _size(what.type)
 
@@ -172,23 +171,16 @@ def _fused_bytes(module, lines, what) -> int:
     for one in fused.values():
         for name in one.operands:
             users.setdefault(name, []).append(one)
-    total, in_place = 0, set()
+    in_place = {one.operands[0] for one in fused.values() if one.opcode == "dynamic-update-slice"}
+    total = 0
     for one in fused.values():
-        if one.opcode == "dynamic-update-slice" and one.operands[0] in fused:
-            target = fused[one.operands[0]]
-            if target.opcode == "parameter":
-                in_place.add(target.name)
-    for one in fused.values():
-        if one.opcode != "parameter":
+        if one.opcode != "parameter" or one.name in in_place:
             continue
         outside = lines.get(what.operands[int(one.operands[0])])
-        if outside is None or not hlo.arrays(outside.type):
-            continue
-        if hlo.arrays(outside.type)[0].space:
+        types = [] if outside is None else hlo.arrays(outside.type)
+        if not types or types[0].space:
             continue
         used = users.get(one.name, [])
-        if one.name in in_place:
-            continue
         if used and all(
             user.opcode in ("dynamic-slice", "gather") and user.operands[0] == one.name
             for user in used

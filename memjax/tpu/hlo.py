@@ -17,7 +17,7 @@ BYTES = {
 }  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$")
-_LINE = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$", re.DOTALL)
+_LINE = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 
 
@@ -176,7 +176,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 def _instruction(root: str | None, name: str, rest: str) -> Instruction:
     """Of the text after the equals sign: a type, an opcode, operands in brackets, attributes."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else 0
-    found = _OPCODE.search(rest, end) if end else _OPCODE.search(rest)
+    found = _OPCODE.search(rest, end)
     begin = found.end()
     stop = _closing(rest, begin - 1)
     inside = rest[begin:stop]
@@ -286,17 +286,13 @@ def _usual(conditional: Instruction) -> str:
     return held[0] if held else conditional.called("branch_computations")[-1]
 
 
-def cycles(module: Module, name: str | None = None) -> int:
-    """Sum of the compiler's estimates over a computation and what it runs.
+def cycles(module: Module) -> int:
+    """Sum of the compiler's estimates over all that a module runs.
 
     Args:
       module: of `parse`.
-      name: of the computation, by default the entry.
     """
-    name = module.entry if name is None else name
-    return sum(
-        (one.instruction.cycles or 0) * one.times for one in _executed(module, name, 1, True)
-    )
+    return sum((one.instruction.cycles or 0) * one.times for one in executed(module))
 
 
 def flops(module: Module, computation: str) -> int:

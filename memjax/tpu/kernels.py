@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax import export
 
-from memjax.tpu import target
+from memjax.tpu import operations, target
 from memjax.tpu.chips import Chip
 
 # What tells how a kernel uses the chip; names differ between versions of the compiler.
@@ -60,21 +60,17 @@ def calls(jaxpr: Any) -> Iterator[Any]:
     Args:
       jaxpr: such as `jax.jit(f).trace(...).jaxpr`.
     """
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in inner.eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
-            continue
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(getattr(part, "jaxpr", part), "eqns"):
-                    yield from calls(part)
+        else:
+            for part in operations.inside(equation):
+                yield from calls(part)
 
 
 def kernel_name(equation: Any) -> str:
     """The name that a `pallas_call` has in the compiled module."""
-    info = equation.params.get("name_and_src_info")
-    return str(getattr(info, "name", None) or equation.params.get("name") or "kernel")
+    return equation.params["name"]
 
 
 def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
@@ -95,8 +91,7 @@ def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
     found: dict[str, Any] = {}
     for equation in calls(jaxpr):
         name = kernel_name(equation)
-        steps = math.prod(equation.params["grid_mapping"].grid)
-        if name not in found or steps > math.prod(found[name].params["grid_mapping"].grid):
+        if name not in found or math.prod(_grid(equation)) > math.prod(_grid(found[name])):
             found[name] = equation
     if not found:
         return {}

@@ -1,6 +1,7 @@
 """Arithmetic of a program before it is compiled."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -25,7 +26,7 @@ def products(jaxpr: Any) -> int:
         elif name == "cond":
             total += products(parameters["branches"][-1])
         else:
-            total += _times(name, parameters) * sum(map(products, _inside(parameters)))
+            total += _times(name, parameters) * sum(map(products, inside(equation)))
     return total
 
 
@@ -33,16 +34,19 @@ def _times(name: str, parameters: dict[str, Any]) -> int:
     """How often a call runs what is inside."""
     if name == "shard_map":
         mesh = parameters["mesh"]
-        # the name that it has differs between versions of JAX
-        axes = parameters.get("newly_manual_axes", parameters.get("manual_axes", mesh.axis_names))
-        return math.prod(mesh.shape[axis] for axis in axes)
+        return math.prod(mesh.shape[axis] for axis in parameters["newly_manual_axes"])
     if name == "pallas_call":
         return math.prod(parameters["grid_mapping"].grid)
     return parameters.get("length", 1)
 
 
-def _inside(parameters: dict[str, Any]):
-    for value in parameters.values():
+def inside(equation: Any) -> Iterator[Any]:
+    """The programs that an equation runs: the body of a loop, what a call calls.
+
+    Args:
+      equation: of a jaxpr.
+    """
+    for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             if hasattr(getattr(part, "jaxpr", part), "eqns"):
                 yield part

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ class Part:
     seconds: float
     floor: float
     bound: str
+
+    @property
+    def label(self) -> str:
+        """How text calls it."""
+        return self.name + (", backward" if self.backward else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +209,6 @@ def _compile(lowered: Any, chip: Chip) -> Any:
 
 def versions() -> dict[str, str]:
     """Of memjax, JAX and libtpu."""
-    from importlib import metadata
-
     return {
         "memjax": memjax.__version__,
         "jax": jax.__version__,
@@ -372,7 +376,7 @@ def _bound(seconds: dict[str, float], parts: tuple[Part, ...]) -> str:
         return "collectives"
     dearest = parts[0]
     share = dearest.seconds / seconds["step"]
-    which = f"{dearest.name}{', backward' if dearest.backward else ''} ({share:.0%} of the step)"
+    which = f"{dearest.label} ({share:.0%} of the step)"
     if dearest.floor > 0.5 * dearest.seconds:
         peak = "the matrix units" if dearest.bound == "compute" else "HBM"
         return f"{which}, near the peak of {peak}"

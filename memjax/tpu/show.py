@@ -4,6 +4,10 @@ import math
 import os
 from typing import Any
 
+from absl import logging
+
+from memjax.training import report as training_report
+
 GIB = 2**30
 
 
@@ -87,9 +91,8 @@ def _parts(title: str, parts: Any, report: Any) -> list[str]:
     for part in parts:
         if not part.cycles and not part.flops:
             continue
-        name = part.name + (", backward" if part.backward else "")
         lines.append(
-            f"  {name:<30} {_duration(part.seconds):>9}"
+            f"  {part.label:<30} {_duration(part.seconds):>9}"
             f" {part.seconds / report.seconds['step']:>6.1%} {_duration(part.floor):>9} "
             f" {part.bound:<8} {part.flops / 1e9:>8,.1f} {part.bytes / 2**20:>8,.1f}"
         )
@@ -156,17 +159,17 @@ def figure(report: Any, chip: Any, path: str) -> bool:
       path: of the PNG.
 
     Returns:
-      False where matplotlib is not installed, and nothing is written.
+      Whether it was drawn: without matplotlib it is not, and a warning says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure_type = training_report.figure_class()
+    if figure_type is None:
+        logging.warning("%s", training_report.NO_PLOTS)
         return False
-    drawing = Figure(figsize=(15, 5), layout="constrained")
+    drawing = figure_type(figsize=(15, 5), layout="constrained")
     times, roof, held = drawing.subplots(1, 3)
     drawing.suptitle(f"{report.kind} step, {report.title}: {os.path.basename(report.topology)}")
     parts = [part for part in report.parts if part.cycles][:12][::-1]
-    labels = [part.name + (" (bwd)" if part.backward else "") for part in parts]
+    labels = [_short(part) for part in parts]
     places = list(range(len(parts)))
     times.barh([p + 0.2 for p in places], [p.seconds * 1e3 for p in parts], 0.4, label="predicted")
     times.barh([p - 0.2 for p in places], [p.floor * 1e3 for p in parts], 0.4, label="at the peaks")
@@ -185,6 +188,10 @@ def figure(report: Any, chip: Any, path: str) -> bool:
     return True
 
 
+def _short(part: Any) -> str:
+    return part.name + (" (bwd)" if part.backward else "")
+
+
 def _roofline(axes: Any, parts: list[Any], chip: Any) -> None:
     """Operations a second against operations a byte, one point a part."""
     shown = [part for part in parts if part.flops and part.bytes and part.seconds]
@@ -199,8 +206,9 @@ def _roofline(axes: Any, parts: list[Any], chip: Any) -> None:
     for part, ratio in zip(shown, ratios, strict=True):
         rate = part.flops / part.seconds / 1e12
         axes.plot([ratio], [rate], "o")
-        label = part.name + (" (bwd)" if part.backward else "")
-        axes.annotate(label, (ratio, rate), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.annotate(
+            _short(part), (ratio, rate), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
     rates = [part.flops / part.seconds / 1e12 for part in shown]
     least = math.log10(min([chip.flops / 1e14, *rates]) / 2)
     axes.set(

@@ -30,26 +30,17 @@ def trace(run: Run, kind: str, *, batch: int | None = None) -> tuple[Any, dict[s
       ValueError: an unknown kind, or rows that the mesh does not divide.
     """
     if kind == "train":
-        step = run.compiled_step()
-        arguments = {"state": run.abstract_state, "batch": run.abstract_batch}
+        step, state, rows = run.compiled_step(), run.abstract_state, run.abstract_batch
         with jax.set_mesh(run.mesh):
-            return step.trace(*arguments.values()), {
-                "parameters": run.abstract_state.params,
-                "optimiser": run.abstract_state.opt_state,
-                "batch": run.abstract_batch,
-            }
+            traced = step.trace(state, rows)
+        return traced, {"parameters": state.params, "optimiser": state.opt_state, "batch": rows}
     if kind == "decode":
         return _decode(run, run.train.batch if batch is None else batch)
     raise ValueError(f"kind {kind!r} must be one of {KINDS}")
 
 
 def _decode(run: Run, batch: int) -> tuple[Any, dict[str, Any]]:
-    over = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    if batch < 1 or batch % over:
-        raise ValueError(
-            f"batch = {batch} rows cannot be split over mesh.data * mesh.fsdp = {over} devices:"
-            f" make it a multiple of {over}"
-        )
+    run.check_rows("batch", batch)
     rows = sharding.spec(("batch",), run.mesh)[0]
 
     def place(path, leaf):

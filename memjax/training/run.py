@@ -125,7 +125,7 @@ class Run:
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a training batch."""
-        self._check_rows()
+        self._check_training()
         shape, placed = (self.train.batch, self.context), placement.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
@@ -134,7 +134,7 @@ class Run:
 
     def training_data(self) -> data.Pipeline:
         """This host's share of the training batches, from the first one."""
-        self._check_rows()
+        self._check_training()
         return self._pipeline("train", self.train.batch, self.context)
 
     def validation_data(self) -> data.Pipeline:
@@ -145,19 +145,28 @@ class Run:
         rows = None if self.evaluate.batches is None else self.evaluate.batches * batch
         return self._pipeline("validation", batch, context, rows=rows)
 
-    def _check_rows(self) -> None:
+    def _check_training(self) -> None:
         part = self.train.batch // self.train.accumulate
         self._check("train.batch / train.accumulate", part, "train.context", self.context)
 
-    def _check(self, batch_name: str, batch: int, context_name: str, context: int) -> None:
-        """Raises a ValueError where the mesh does not divide the batch or the context."""
-        sizes = self.mesh.shape
-        over = sizes["data"] * sizes["fsdp"]
-        if batch % over:
+    def check_rows(self, name: str, rows: int) -> None:
+        """Raises a ValueError where the mesh does not divide a batch.
+
+        Args:
+          name: how the error calls it.
+          rows: its size.
+        """
+        over = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if rows < 1 or rows % over:
             raise ValueError(
-                f"{batch_name} = {batch} rows cannot be split over mesh.data * mesh.fsdp = {over}"
+                f"{name} = {rows} rows cannot be split over mesh.data * mesh.fsdp = {over}"
                 f" devices: make it a multiple of {over}, or set --config.mesh.data"
             )
+
+    def _check(self, batch_name: str, batch: int, context_name: str, context: int) -> None:
+        """Raises a ValueError where the mesh does not divide the batch or the context."""
+        self.check_rows(batch_name, batch)
+        sizes = self.mesh.shape
         if context % sizes["sequence"]:
             raise ValueError(
                 f"{context_name} = {context} tokens cannot be split over mesh.sequence ="

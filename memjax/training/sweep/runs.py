@@ -119,12 +119,12 @@ def run(
     with exclusive(workdir), StopSignals() as signals:
         everything = sweep.runs(workdir)
         records = {one.path: finished(one) for one in everything}  # complains before any work
-        waiting = _unfinished(everything, records)
+        waiting = [one for one in everything if not _settled(one, everything, records)]
         done = len(everything) - len(waiting)
         _say(progress, f"{len(everything)} runs, {done} of them finished already, in {workdir}")
         began, cell, trainer = time.perf_counter(), None, None
         for number, one in enumerate(waiting, 1):
-            if one not in _unfinished(everything, records):
+            if _settled(one, everything, records):
                 continue  # solved since, at another rate
             if one.cell is not cell:
                 # A copy: its compiled programs go when the next cell comes.
@@ -139,21 +139,19 @@ def run(
             if signals.received(number):
                 break
         found = [(one, record) for one in everything if (record := records[one.path])]
-        return found, signals.received(0) if _unfinished(everything, records) else None
+        complete = all(_settled(one, everything, records) for one in everything)
+        return found, None if complete else signals.received(0)
 
 
-def _unfinished(everything: list[Run], records: dict[str, Record | None]) -> list[Run]:
-    """The runs that have no result and whose seed is not solved at another learning rate."""
-    solved = set()
-    for one in everything:
-        record = records[one.path]
-        if record is not None and record.accuracy >= one.cell.trainer.score.stop:
-            solved.add((id(one.cell), one.seed))
-    return [
-        one
-        for one in everything
-        if records[one.path] is None and (id(one.cell), one.seed) not in solved
-    ]
+def _settled(one: Run, everything: list[Run], records: dict[str, Record | None]) -> bool:
+    """Whether a run has a result, or its seed is solved at another learning rate."""
+    of_seed = (
+        records[other.path]
+        for other in everything
+        if other.cell is one.cell and other.seed == one.seed
+    )
+    stop = one.cell.trainer.score.stop
+    return records[one.path] is not None or any(r and r.accuracy >= stop for r in of_seed)
 
 
 def _run_one(one: Run, trainer: TaskTrainer, signals: StopSignals, progress: bool) -> Record | None:
