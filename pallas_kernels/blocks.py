@@ -24,6 +24,9 @@ TABLE: dict[str, dict[str, dict[int, Blocks]]] = {
         "head": {128: Blocks(64, 2, 8), 256: Blocks(64, 1, 4)},
         "channel": {128: Blocks(64, 1, 8), 256: Blocks(64, 1, 4)},
     },
+    "deep_memory": {
+        "none": {128: Blocks(64, 1, 2), 256: Blocks(64, 1, 1)},
+    },
     "linear_attention": {
         "none": {128: Blocks(128, 1, 8), 256: Blocks(128, 1, 4)},
         "head": {128: Blocks(128, 1, 8), 256: Blocks(128, 1, 4)},

@@ -69,6 +69,11 @@ class NoDecay:
         return w
 
 
+def sums(decay, upto):
+    """Sums of log decays [tiles, C] over the tokens `upto` [C, C] says, exact in fp32."""
+    return _sums(decay, upto.astype(jnp.float32), (((1,), (1,)), ((), ())))
+
+
 def _sums(upto, decay, axes):
     """Sums of log decays over the tokens that `upto` says, exact in fp32."""
     return lax.dot_general(
@@ -85,10 +90,10 @@ class HeadDecay(NoDecay):
         super().__init__(decay, like, document, compute)
         upto = self.mask(True).astype(jnp.float32)
         if document is None:  # all tiles in one product
-            sums = _sums(decay, upto, (((1,), (1,)), ((), ())))[:, None, :]
+            total = sums(decay, upto)[:, None, :]
         else:
-            sums = _sums(decay[:, None, :], upto, (((2,), (2,)), ((0,), (0,))))
-        self.row_sums, self.sums = sums, column(sums[:, 0])
+            total = _sums(decay[:, None, :], upto, (((2,), (2,)), ((0,), (0,))))
+        self.row_sums, self.sums = total, column(total[:, 0])
         self.before = self.sums - column(decay)
         self.between = functools.cache(self._between)
 

@@ -41,12 +41,16 @@ def _dot_forward(a, b, kind, compute):
 
 
 def _dot_backward(kind, compute, residuals, by):
-    a, b = residuals
+    return _derivatives(functools.partial(dot, compute=compute), kind, *residuals, by)
+
+
+def _derivatives(product, kind: str, a, b, by):
+    """Cotangents of a and b, as products of the same sort."""
     if kind == "nn":
-        return _dot(by, b, "nt", compute), _dot(a, by, "tn", compute)
+        return product(by, b, "nt"), product(a, by, "tn")
     if kind == "nt":
-        return _dot(by, b, "nn", compute), _dot(by, a, "tn", compute)
-    return _dot(b, by, "nt", compute), _dot(a, by, "nn", compute)
+        return product(by, b, "nn"), product(by, a, "tn")
+    return product(b, by, "nt"), product(a, by, "nn")
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -66,17 +70,35 @@ def column(x: jax.Array) -> jax.Array:
     return jnp.stack([turned[:, h : h + 1] for h in range(x.shape[0])])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def exact(a: jax.Array, b: jax.Array, kind: str) -> jax.Array:
-    """`dot` to 16 bits of the operands' mantissas: three products of halves in bf16."""
-    if a.dtype == jnp.bfloat16:
-        raise TypeError("operands of an exact product are in fp32")
+    """`dot` to 16 bits of the operands' mantissas: three products of halves in bf16.
+
+    Args:
+        a, b: [heads, ., .] in fp32.
+        kind: as for `dot`.
+    """
     halves = []
     for x in (a, b):
         high = x.astype(jnp.bfloat16)
         halves.append((high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)))
     (a, a_low), (b, b_low) = halves
-    product = functools.partial(_dot, kind=kind, compute=jnp.dtype(jnp.bfloat16))
+
+    def product(a, b):
+        return _dot(a, b, kind, jnp.dtype(jnp.bfloat16))
+
     return product(a, b) + (product(a, b_low) + product(a_low, b))
+
+
+def _exact_forward(a, b, kind):
+    return exact(a, b, kind), (a, b)
+
+
+def _exact_backward(kind, residuals, by):
+    return _derivatives(exact, kind, *residuals, by)
+
+
+exact.defvjp(_exact_forward, _exact_backward)
 
 
 def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array, compute) -> jax.Array:
