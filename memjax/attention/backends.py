@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import AxisType
+from jax.sharding import PartitionSpec
 
 from memjax import sharding
 from memjax.typing import Array, Bool, Float, Int
@@ -213,24 +213,14 @@ def _kernel(heads: int, time: int, window: int, block: int, interpret: bool):
 
 def _over_mesh(local, q, k, v, number):
     """Runs `local` on each device's share: the compiler cannot partition a Pallas kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = mesh.empty or all(kind == AxisType.Auto for kind in mesh.axis_types)
-    if mesh.empty or mesh.size == 1 or not auto:
-        return local(q, k, v, number)
-    batch = ("batch",) if _divides(mesh, "batch", q.shape[0]) else (None,)
     for name, heads in (("query heads", q.shape[1]), ("kv_heads", k.shape[1])):
-        if not _divides(mesh, "heads", heads):
+        if heads % sharding.devices_along("heads"):
             raise ValueError(
-                f"splash attention cannot split {heads} {name} over the mesh {dict(mesh.shape)}; "
-                'make the tensor axis a divisor of them or use implementation="xla"'
+                f"splash attention cannot split {heads} {name} over"
+                f" {sharding.devices_along('heads')} devices; make the tensor axis of the mesh a"
+                ' divisor of them or use implementation="xla"'
             )
-    tokens = sharding.spec((*batch, None), mesh)
-    array = sharding.spec((*batch, "heads", None, None), mesh)
-    return jax.shard_map(
-        local, in_specs=(array, array, array, tokens), out_specs=array, check_vma=False
-    )(q, k, v, number)
-
-
-def _divides(mesh, name: str, size: int) -> bool:
-    axes = sharding.RULES[name].activation
-    return size % math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape) == 0
+    array = PartitionSpec("batch", "heads")
+    axes = (array, array, array, PartitionSpec("batch"))
+    dims = {"batch": q.shape[0], "heads": k.shape[1]}
+    return sharding.on_each_device(local, (q, k, v, number), axes, array, dims=dims)

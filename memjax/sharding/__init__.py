@@ -1,5 +1,6 @@
 """Meshes, the one table of logical axis rules, and placements made from it."""
 
+from memjax.sharding.manual import devices_along, on_each_device
 from memjax.sharding.rules import (
     MESH_AXES,
     RULES,
@@ -19,7 +20,9 @@ __all__ = [
     "Rule",
     "constrain",
     "constrain_params",
+    "devices_along",
     "make_mesh",
+    "on_each_device",
     "param_axes",
     "platform",
     "shardings",

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from memjax import documents
-from memjax.miras.forms import by_token, dual, linear, normal
+from memjax import documents, sharding
+from memjax.miras.forms import by_token, dual, kernels, linear, normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -72,7 +73,8 @@ def chunkwise(
         block: tile size, at most the chunk (default: the chunk, at most 128, or 32 where each
             token's weights are formed); only speed. The closed form of online matrix memories
             takes any (default 64).
-        implementation: "xla", or None for the platform's best (here also "xla").
+        implementation: "pallas" = the kernel of this rule, "xla", or None = the kernel where the
+            platform is a TPU and there is one for the rule (`kernels`), else "xla".
         remat: tiles per group of recomputation in the backward pass, which holds one state a group
             and what one group computes: None = as few as keep those states within 8 times the size
             of keys and values (memory is linear in T), 0 = recompute nothing. The closed form
@@ -82,11 +84,8 @@ def chunkwise(
     Raises:
         ValueError: an argument that does not fit, by name.
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(f'implementation {implementation!r} must be None or "xla"')
-    y, _, state = trace(
-        rule, state, q, k, v, gates, segment_ids=segment_ids, block=block, remat=remat, loss=False
-    )
+    options = {"block": block, "remat": remat, "implementation": implementation, "loss": False}
+    y, _, state = trace(rule, state, q, k, v, gates, segment_ids=segment_ids, **options)
     return y, state
 
 
@@ -116,9 +115,11 @@ def trace(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
+    implementation: str | None = None,
     remat: int | None = None,
     aligned: bool = False,
     loss: bool = True,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None, State]:
     """`chunkwise` and `surprise` in one pass: (y, surprise, state).
 
@@ -128,8 +129,10 @@ def trace(
             is for any other place is then not compiled (where `block` divides the chunk). A promise
             that is broken gives wrong results.
         loss: whether the surprise is wanted; else None stands for it.
+        interpret: runs a kernel in Pallas' TPU interpreter, on any platform.
 
-    All other arguments are those of `chunkwise`.
+    Under the mesh of `jax.set_mesh` each device computes its rows and heads. All other arguments
+    are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
     closed = rule.learner.solves or linear.fits(rule, gates)
@@ -137,16 +140,91 @@ def trace(
         block = linear.BLOCK if closed else _default_block(rule)
     if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
-    length, restarts = k.shape[1], segment_ids is not None
-    starts = jnp.zeros(k.shape[:2], bool)
-    if restarts:
-        starts = documents.starts(segment_ids, state.segment)
+    if kernels.wanted(rule, state, q, v, gates, implementation, loss=loss):
+        run = functools.partial(_by_kernel, aligned=aligned, interpret=interpret)
+    else:
+        run = functools.partial(_by_tiles, remat=remat, aligned=aligned)
+
+    def share(state, q, k, v, gates, segment_ids):
+        starts = None
+        if segment_ids is not None:
+            starts = documents.starts(segment_ids, state.segment)
+        y, surprises, state = run(rule, state, q, k, v, gates, starts, block=block, loss=loss)
+        if starts is not None:
+            state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
+        return y, surprises, state
+
+    rows, tokens = PartitionSpec("batch"), PartitionSpec("batch", None, "heads")
+    states = _split(state)
+    return sharding.on_each_device(
+        share,
+        (state, q, k, v, gates, segment_ids),
+        (states, tokens, tokens, tokens, tokens, rows),
+        (tokens, tokens, states),
+        dims={"batch": k.shape[0], "heads": k.shape[2]},
+    )
+
+
+def _split(state: State) -> State:
+    """Which axes of a state are rows and heads."""
+    rows, heads = PartitionSpec("batch"), PartitionSpec("heads")
+    fast = PartitionSpec("batch", "heads")
+    pairs = Pairs(fast, fast, fast, rows) if state.pairs else ()
+    return State(fast, fast, fast, rows, rows, heads, heads, pairs)
+
+
+def _by_kernel(rule, state, q, k, v, gates, starts, *, block, loss, aligned, interpret):
+    """A call by the rule's Pallas kernel: all of it, or the whole chunks of it."""
+    if linear.fits(rule, gates):
+        return kernels.affine(rule, state, q, k, v, gates, starts, loss=loss, interpret=interpret)
+    chunk, length = rule.chunk, k.shape[1]
+    whole = length - length % chunk
+
+    def anywhere(state):
+        return _by_tiles(
+            rule, state, q, k, v, gates, starts, block=block, loss=True, remat=None, aligned=False
+        )
+
+    if not whole:
+        return anywhere(state)
+
+    def in_place(state):
+        first, rest = (
+            jax.tree.map(lambda x, cut=cut: x[:, cut], (q, k, v, gates, starts))
+            for cut in (slice(whole), slice(whole, None))
+        )
+        *tokens, begins = first
+        if begins is not None:
+            begins = begins[:, ::chunk]
+        y, surprises, state = kernels.deep(rule, state, *tokens, begins, interpret=interpret)
+        if whole < length:
+            more, their, state = _by_tiles(
+                rule, state, *rest, block=min(block, length - whole), loss=True, remat=None,
+                aligned=False,
+            )  # fmt: skip
+            y, surprises = (jnp.concatenate(x, 1) for x in ((y, more), (surprises, their)))
+        return y, surprises, state
+
+    if aligned and block == chunk:
+        y, surprises, state = in_place(state)
+    else:
+        placed = jnp.all(state.place == 0)
+        if starts is not None:
+            placed &= ~jnp.any(starts & (jnp.arange(length) % chunk != 0))
+        y, surprises, state = jax.lax.cond(placed, in_place, jax.checkpoint(anywhere), state)
+    return y, surprises if loss else None, state
+
+
+def _by_tiles(rule, state, q, k, v, gates, starts, *, block, loss, remat, aligned):
+    """A call by XLA: (y [B, T, H, V], loss [B, T, H] or None, state)."""
+    length, restarts = k.shape[1], starts is not None
+    starts = jnp.zeros(k.shape[:2], bool) if starts is None else starts
     past = _with_past(state, k, v, gates.threshold, starts) if state.pairs else None
     tiles = _tiles(q, k, v, gates, starts, past, min(block, length))
-    if closed:
+    if rule.learner.solves or linear.fits(rule, gates):
         run = normal.run if rule.learner.solves else linear.run
         y, surprises, state = run(rule, state, tiles, restarts=restarts, compute=q.dtype, loss=loss)
-        return _outcome(state, q, y, surprises, segment_ids)
+        return _outcome(state, q, y, surprises)
     aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
     if remat is None:
@@ -174,17 +252,15 @@ def trace(
         whole = jnp.all(places + block <= rule.chunk) & ~jnp.any(tiles.starts[:, :, 1:])
         carry, (y, surprises) = jax.lax.cond(whole, by_tile, anywhere, carry, tiles)
     state = state._replace(**carry._asdict(), pairs=_last_pairs(state, past))
-    return _outcome(state, q, y, surprises if loss else None, segment_ids)
+    return _outcome(state, q, y, surprises if loss else None)
 
 
-def _outcome(state, q, y, surprises, segment_ids):
+def _outcome(state, q, y, surprises):
     """Results of a call from those of its tiles."""
     length = q.shape[1]
     y = _unfold(y, length).astype(q.dtype)
     if surprises is not None:
         surprises = _unfold(surprises, length)
-    if segment_ids is not None:
-        state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
     return y, surprises, state
 
 

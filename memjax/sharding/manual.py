@@ -1,0 +1,64 @@
+"""Programs in which each device computes its own share, and says itself what it sends to others.
+
+Most of memjax leaves that to the compiler. It cannot split a Pallas kernel, and it does not see
+that the rows and the heads of a memory never meet: asked whether any row begins a document, it asks
+all devices, in every chunk.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from memjax.sharding.rules import RULES, spec
+from memjax.typing import PyTree
+
+
+def sizes() -> dict[str, int]:
+    """Devices along each axis of the mesh of `jax.set_mesh` that the compiler manages.
+
+    Empty without a mesh, on one device, and inside `jax.shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return {}
+    return dict(mesh.shape)
+
+
+def devices_along(name: str) -> int:
+    """How many devices a logical axis of an activation is split over, see `sizes`."""
+    mesh = sizes()
+    return math.prod(mesh.get(axis, 1) for axis in RULES[name].activation)
+
+
+def on_each_device(
+    run: Callable, arguments: tuple, axes: PyTree, out_axes: PyTree, *, dims: dict[str, int]
+) -> PyTree:
+    """`run(*arguments)`, each device with its rows, heads or tokens of them.
+
+    Where `devices_along` of all axes is 1, that is just the call.
+
+    Args:
+        run: arrays to arrays, for any share of the dimensions in `dims`.
+        arguments: pytrees of arrays.
+        axes: for each argument a pytree prefix of it, whose leaves are `PartitionSpec`s of logical
+            names: `PartitionSpec("batch", None, "heads")`.
+        out_axes: the same for the result.
+        dims: size of each logical axis that is to be split; one that its devices do not divide
+            stays whole, and so do names that are not here.
+
+    Returns:
+        What `run` gives.
+    """
+    split = {name for name, size in dims.items() if size % devices_along(name) == 0}
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def of_mesh(leaf: PartitionSpec) -> PartitionSpec:
+        return spec(tuple(name if name in split else None for name in leaf), mesh)
+
+    if not sizes():
+        return run(*arguments)
+    is_leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    in_specs, out_specs = (jax.tree.map(of_mesh, x, is_leaf=is_leaf) for x in (axes, out_axes))
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
