@@ -1,6 +1,8 @@
-"""Sizes of the kernels' steps, by op and chip."""
+"""Sizes of the kernels' steps, by op, decay, chip and dimension of a head."""
 
 from typing import NamedTuple
+
+from pallas_kernels import blocks_table
 
 
 class Blocks(NamedTuple):
@@ -17,26 +19,26 @@ class Blocks(NamedTuple):
     heads: int
 
 
-# By op, kind of decay, and the widest of a head's dimensions up to which it holds.
-TABLE: dict[str, dict[str, dict[int, Blocks]]] = {
-    "delta_rule": {
-        "none": {128: Blocks(64, 2, 8), 256: Blocks(64, 1, 4)},
-        "head": {128: Blocks(64, 2, 8), 256: Blocks(64, 1, 4)},
-        "channel": {128: Blocks(64, 1, 8), 256: Blocks(64, 1, 4)},
-    },
-    "deep_memory": {
-        "none": {128: Blocks(64, 1, 2), 256: Blocks(64, 1, 1)},
-    },
-    "linear_attention": {
-        "none": {128: Blocks(128, 1, 8), 256: Blocks(128, 1, 4)},
-        "head": {128: Blocks(128, 1, 8), 256: Blocks(128, 1, 4)},
-        "channel": {128: Blocks(64, 1, 8), 256: Blocks(64, 1, 4)},
-    },
+DEFAULT = "v5p"  # whose sizes a chip has that is not in the table
+
+# What experiments/benchmarks/kernel_blocks.py measures, and what it does not: op -> decay -> chip
+# -> the widest of a head's dimensions up to which it holds.
+TABLE = {
+    **blocks_table.TABLE,
+    "deep_memory": {"none": {DEFAULT: {128: (64, 2, 4), 256: (64, 1, 1)}}},
 }
 
 
-def find(op: str, decay: str, dim: int) -> Blocks:
-    """The sizes for an op, a kind of decay ("none", "head", "channel") and a head's dimension."""
-    rows = TABLE[op][decay]
+def find(op: str, decay: str, dim: int, chip: str | None = None) -> Blocks:
+    """The sizes of a step.
+
+    Args:
+        op: name of the package.
+        decay: "none", "head" or "channel".
+        dim: the widest of a head's dimensions.
+        chip: "v5e", "v5p" or "v6e"; another, or None, has the sizes of v5p.
+    """
+    chips = TABLE[op][decay]
+    rows = chips.get(chip, chips[DEFAULT])
     fitting = [size for size in rows if size >= dim] or [max(rows)]
-    return rows[min(fitting)]
+    return Blocks(*rows[min(fitting)])

@@ -11,6 +11,16 @@ from pallas_kernels import blocks as tables
 from pallas_kernels import sequence
 
 LANES = 128  # of a vector register
+# Chips of the table of sizes, by what JAX calls their devices.
+CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
 def check_tokens(q, k, v, state, initial, starts, read: str) -> None:
@@ -79,12 +89,35 @@ def split(wide, gates, log_decay):
     return wide, (*gates, log_decay)
 
 
-def plan(tile, name: str, q, v, log_decay, blocks, *, kernel: bool, interpret: Any):
-    """The plan of a call: sizes from the table, made to fit the heads."""
+def here() -> str | None:
+    """The chip to compile for: of the mesh that is set, else the default one; None = no TPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return CHIPS.get(device.device_kind)
+
+
+def plan(
+    tile,
+    name: str,
+    q,
+    v,
+    log_decay,
+    blocks,
+    *,
+    kernel: bool,
+    interpret: Any,
+    chip: str | None = None,
+):
+    """The plan of a call: sizes from the table, made to fit the heads.
+
+    Args:
+        chip: whose sizes; None = of the chip that is compiled for.
+    """
     decay = {None: "none", 3: "head", 4: "channel"}[None if log_decay is None else log_decay.ndim]
     dims = q.shape[3], v.shape[3]
     if blocks is None:
-        blocks = tables.find(name, decay, max(dims))
+        blocks = tables.find(name, decay, max(dims), chip or here())
+        if q.dtype == jnp.float32:  # the table is of bf16, and this takes twice its VMEM
+            blocks = blocks._replace(heads=max(1, blocks.heads // 2))
     block, tiles, heads = blocks
     if block < 16 or block & (block - 1) or tiles < 1 or heads < 1:
         raise ValueError(

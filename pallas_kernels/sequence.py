@@ -114,12 +114,16 @@ def _loop(plan: Plan, state, initial, wide, gates, document):
         x = jnp.moveaxis(x, (1, 3), (0, 2))
         return x.reshape(*x.shape[:3], plan.tiles, plan.block, *x.shape[4:])
 
+    # One for each row: to sum the rows' gradients in the product that has them is a product in bf16
+    # that XLA refuses on CPU.
+    initial = tuple(jnp.broadcast_to(x, (batch, *x.shape)) for x in initial)
+
     def step(state, now):
-        def run(state, wide, gates, document):
+        def run(state, initial, wide, gates, document):
             gates = tuple(x.reshape(-1, plan.block) for x in gates)
             return plan.tile(state, initial, wide, gates, document)
 
-        state, *found = jax.vmap(run)(state, *now)
+        state, *found = jax.vmap(run)(state, initial, *now)
         return state, tuple(found)
 
     wide = tuple(cut(x.astype(jnp.float32)) for x in wide)

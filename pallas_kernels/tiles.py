@@ -64,6 +64,13 @@ def order(count: int) -> tuple[jax.Array, jax.Array]:
     return tuple(lax.broadcasted_iota(jnp.int32, (count, count), axis) for axis in (0, 1))
 
 
+def unit(x: jax.Array, eps: float | None) -> jax.Array:
+    """`x / sqrt(||x||^2 + eps^2)` over the last axis; x where eps is None."""
+    if eps is None:
+        return x
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps**2)
+
+
 def column(x: jax.Array) -> jax.Array:
     """[heads, C] along lanes as [heads, C, 1] along sublanes."""
     turned = jnp.swapaxes(x, 0, 1)

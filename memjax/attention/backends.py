@@ -216,8 +216,8 @@ def _over_mesh(local, q, k, v, number):
     for name, heads in (("query heads", q.shape[1]), ("kv_heads", k.shape[1])):
         if heads % sharding.devices_along("heads"):
             raise ValueError(
-                f"splash attention cannot split {heads} {name} over"
-                f" {sharding.devices_along('heads')} devices; make the tensor axis of the mesh a"
+                f"splash attention cannot split {heads} {name} over the mesh's"
+                f" {sharding.devices_along('heads')} devices for heads; make the tensor axis a"
                 ' divisor of them or use implementation="xla"'
             )
     array = PartitionSpec("batch", "heads")

@@ -98,20 +98,31 @@ class CausalConv(nnx.Module):
                 f"use start({batch})"
             )
         place = documents.follow(segment_ids, state.segment, jnp.zeros_like(state.segment), time)
-        past = self.width - 1
-        inputs = jnp.concatenate([state.inputs.astype(wide), x.astype(wide)], axis=1)
-        # the history belongs to document 0 of the call
-        number = jnp.pad(place.number, ((0, 0), (past, 0)))
+        past, before = self.width - 1, state.inputs.astype(wide)
         weight = self.weight[...].astype(wide)
-        y = jnp.zeros(x.shape, wide)
-        for s in range(self.width):
-            term = inputs[:, past - s : past - s + time]
-            if segment_ids is not None and s > 0:
-                same = number[:, past - s : past - s + time] == place.number
-                term = jnp.where(same[..., None], term, 0)
+        number = place.number  # what comes before the call belongs to document 0 of it
+
+        def back(z, steps, fill):
+            """Each token's z of so many steps earlier, `fill` before the call."""
+            pad = [(0, 0), (min(steps, time), 0)] + [(0, 0)] * (z.ndim - 2)
+            return jnp.pad(z[:, : max(time - steps, 0)], pad, constant_values=fill)
+
+        # Shifted as it comes, and the few tokens that see the state apart: no wide copy of x.
+        y = weight[0] * x.astype(wide)
+        early = jnp.zeros((batch, min(past, time), dim), wide)
+        for s in range(1, self.width):
+            term, seen = back(x, s, 0).astype(wide), before[:, past - s : past - s + time]
+            if segment_ids is not None:
+                term = jnp.where((back(number, s, -1) == number)[..., None], term, 0)
+                seen = jnp.where((number[:, : seen.shape[1]] == 0)[..., None], seen, 0)
             y += weight[s] * term
-        history = inputs[:, time:]
+            early = early.at[:, : seen.shape[1]].add(weight[s] * seen)
+        y += jnp.pad(early, ((0, 0), (0, time - early.shape[1]), (0, 0)))
+
+        inputs = jnp.concatenate([before, x[:, max(time - past, 0) :].astype(wide)], axis=1)
+        history = inputs[:, inputs.shape[1] - past :]
         if segment_ids is not None:
-            ours = number[:, time:] == place.number[:, -1:]
+            number = jnp.pad(number[:, max(time - past, 0) :], ((0, 0), (past, 0)))
+            ours = number[:, number.shape[1] - past :] == place.number[:, -1:]
             history = jnp.where(ours[..., None], history, 0)
         return y.astype(x.dtype), ConvState(history.astype(state.inputs.dtype), place.last)

@@ -91,5 +91,9 @@ class Linear(nnx.Module):
         n = len(self.inputs)
         if x.shape[-n:] != self.inputs:
             raise ValueError(f"x has shape {x.shape}; its last axes must be {self.inputs}")
-        y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=n)
+        # One axis a side: a product whose result has heads as an axis comes in a layout of its own,
+        # and is copied where the heads lie side by side.
+        rows = x.reshape(*x.shape[: x.ndim - n], -1)
+        weight = self.weight[...].reshape(rows.shape[-1], -1)
+        y = jnp.matmul(rows, weight.astype(x.dtype)).reshape(*rows.shape[:-1], *self.outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -12,8 +12,9 @@ from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
-from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import Auxiliary, MemoryStats
+from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 

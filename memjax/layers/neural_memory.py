@@ -11,8 +11,9 @@ from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, ThresholdHead
 from memjax.layers.linear import Linear
-from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import MemoryStats
+from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
@@ -142,7 +143,9 @@ class NeuralMemory(nnx.Module):
             row = miras.start(self.rule, weights, 1)
             prefix = self.persistent[...][None]
             q, k, v, _ = self._project(prefix, None, None)
-            _, row = miras.chunkwise(self.rule, row, q, k, v, self._gates(prefix))
+            _, _, row = miras.trace(
+                self.rule, row, q, k, v, self._gates(prefix), unit=True, loss=False
+            )
             memory = miras.begin_from(self.rule, row, batch)
         convs = tuple(conv.start(batch, memory.weights[0].dtype) for conv in self.convs)
         nothing = jnp.zeros((batch, self.heads))
@@ -184,8 +187,9 @@ class NeuralMemory(nnx.Module):
         q, k, v, convs = self._project(x, state.convs, segment_ids)
         gates = self._gates(x)
         y, surprise, memory = miras.trace(
-            self.rule, state.memory, q, k, v, gates, segment_ids=segment_ids, aligned=aligned
-        )
+            self.rule, state.memory, q, k, v, gates, segment_ids=segment_ids, aligned=aligned,
+            unit=True,
+        )  # fmt: skip
         y = constrain(y, ("batch", "time", "heads", "kv"))
         y = self.norm(y) * jax.nn.silu(self.gate(x))
         stats = shell.stats(surprise, gates.lr, gates.momentum, gates.retain)
@@ -211,11 +215,11 @@ class NeuralMemory(nnx.Module):
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
 
     def _project(self, x, convs, segment_ids):
-        """Queries, keys and values of x, and the convolutions' states."""
+        """Queries and keys of x, not yet of unit length, values, and the convolutions' states."""
         projections = (self.query, self.key, self.value)
         outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
         q, k, v = map(jax.nn.silu, outputs)
-        return unit(q), unit(k), v, states
+        return q, k, v, states
 
     def _gates(self, x) -> miras.Gates:
         return miras.Gates(

@@ -1,4 +1,4 @@
-"""Normalisation: by the root mean square, with a learned scale, and to unit length."""
+"""Normalisation by the root mean square, with a learned scale."""
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,3 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
-
-
-def unit(x: Float[Array, "*B D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
-    """`x / sqrt(||x||^2 + eps^2)` over the last axis: l2 normalisation, safe at zero."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps**2)
-    return (wide / norm).astype(x.dtype)

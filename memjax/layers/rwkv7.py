@@ -11,8 +11,9 @@ from memjax import documents, miras
 from memjax.layers import shell
 from memjax.layers.conv import ConvState
 from memjax.layers.linear import Linear
-from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import MemoryStats
+from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 

@@ -10,6 +10,15 @@ import numpy as np
 
 from memjax.typing import Array, Float
 
+UNIT_EPSILON = 1e-6
+
+
+def unit(x: Float[Array, "*B D"], eps: float = UNIT_EPSILON) -> Float[Array, "*B D"]:
+    """`x / sqrt(||x||^2 + eps^2)` over the last axis: l2 normalisation, safe at zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps**2)
+    return (wide / norm).astype(x.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Features:

@@ -31,6 +31,7 @@ def deep_memory(
     activation: str = "gelu",
     residual: bool = True,
     read: str = "after",
+    unit_eps: float | None = None,
     implementation: str | None = None,
     blocks: Blocks | None = None,
     interpret: Any = False,
@@ -63,6 +64,8 @@ def deep_memory(
         activation: "gelu" (tanh approximation), "silu" or "relu".
         residual: whether the memory adds its input; needs K = V.
         read: "after" or "before" the token is written.
+        unit_eps: what keeps norms from 0 where q and k are to be divided by them,
+            `x / sqrt(||x||^2 + unit_eps^2)`; None = they come as they are to be.
         implementation: "pallas" (TPU), "xla", or None = "pallas" where the default backend is TPU.
         blocks: chunks and heads of a step (`block` is the chunk); None = of the table of `blocks`.
         interpret: runs the kernel in Pallas' TPU interpreter, on any platform: True or
@@ -97,6 +100,7 @@ def deep_memory(
         norm=norm is not None,
         residual=residual,
         after=read == "after",
+        unit_eps=unit_eps,
         compute=q.dtype,
     )
     if blocks is None:

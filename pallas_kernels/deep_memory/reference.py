@@ -8,11 +8,13 @@ from pallas_kernels.deep_memory.tpu import ACTIVATIONS, NORM_EPSILON
 
 def deep_memory(
     q, k, v, lr, log_momentum, log_retain, weights, velocity, norm, *, chunk, initial=None,
-    starts=None, activation="gelu", residual=True, read="after",
+    starts=None, activation="gelu", residual=True, read="after", unit_eps=None,
 ):  # fmt: skip
     """Gradients at the weights of the chunk's start; see `op.deep_memory`."""
     dtype = weights[0].dtype
     q, k, v = (x.astype(dtype) for x in (q, k, v))
+    if unit_eps is not None:
+        q, k = _unit(q, unit_eps), _unit(k, unit_eps)
     length, momentum = q.shape[1], velocity is not None
     velocity = velocity if momentum else tuple(map(jnp.zeros_like, weights))
     if log_momentum is None:
@@ -71,3 +73,7 @@ def deep_memory(
     (_, weights, velocity), (y, losses) = jax.lax.scan(step, (weights, weights, velocity), now)
     y, losses = jnp.moveaxis(y, 0, 1), jnp.moveaxis(losses, 0, 1)
     return y, losses, weights, velocity if momentum else None
+
+
+def _unit(x, eps):
+    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps**2)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decays import NEVER, sums
-from pallas_kernels.tiles import column, dot, exact, of_tile, order
+from pallas_kernels.tiles import column, dot, exact, of_tile, order, unit
 
 NORM_EPSILON = 1e-6
 ACTIVATIONS = {
@@ -82,6 +82,7 @@ def tiles(
     norm: bool,
     residual: bool,
     after: bool,
+    unit_eps: float | None,
     compute,
 ):
     """See `sequence.Plan`.
@@ -96,10 +97,12 @@ def tiles(
         momentum, decay: whether the learner has one, whether the retention is not 1.
         activation, norm, residual: of the memory network.
         after: whether a token reads what it has written.
+        unit_eps: what keeps the norms of q and k from 0 where they are divided by them, or None.
         compute: dtype of the products' operands.
     """
     count = wide[0].shape[1]
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in wide)
+    q, k = unit(q, unit_eps), unit(k, unit_eps)
     slow, begin = (initial[:2], initial[2:]) if norm else ((), initial)
     plan = Coefficients(gates, momentum=momentum, decay=decay, after=after, compute=compute)
     act = ACTIVATIONS[activation]

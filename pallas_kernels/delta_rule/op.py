@@ -22,6 +22,7 @@ def delta_rule(
     starts: jax.Array | None = None,
     decay_first: bool = True,
     read: str = "after",
+    unit_eps: float | None = None,
     surprise: bool = False,
     implementation: str | None = None,
     blocks: Blocks | None = None,
@@ -48,6 +49,8 @@ def delta_rule(
         decay_first: whether a token's decay comes before its prediction.
         read: "after" or "before" the token is written.
         surprise: whether the losses are wanted.
+        unit_eps: what keeps norms from 0 where q and k are to be divided by them,
+            `x / sqrt(||x||^2 + unit_eps^2)`; None = they come as they are to be.
         implementation: "pallas" (TPU), "xla", or None = "pallas" where the default backend is TPU.
         blocks: tokens a tile, tiles and heads a step; None = of the table of `blocks`.
         interpret: runs the kernel in Pallas' TPU interpreter, on any platform: True or
@@ -66,7 +69,12 @@ def delta_rule(
     dispatch.check_gates(q, lr=lr, log_decay=log_decay)
     kernel = dispatch.kernel(implementation, interpret)
     tile = functools.partial(
-        tpu.tiles, first=decay_first, after=read == "after", surprise=surprise, compute=q.dtype
+        tpu.tiles,
+        first=decay_first,
+        after=read == "after",
+        surprise=surprise,
+        unit_eps=unit_eps,
+        compute=q.dtype,
     )
     plan = dispatch.plan(
         tile, "delta_rule", q, v, log_decay, blocks, kernel=kernel, interpret=interpret

@@ -5,10 +5,23 @@ import jax.numpy as jnp
 
 
 def delta_rule(
-    q, k, v, lr, log_decay, state, *, initial=None, starts=None, decay_first=True, read="after"
+    q,
+    k,
+    v,
+    lr,
+    log_decay,
+    state,
+    *,
+    initial=None,
+    starts=None,
+    decay_first=True,
+    read="after",
+    unit_eps=None,
 ):
     """`W_t = a_t W_{t-1} + lr_t k_t^T (v_t - k_t Z_t)`, `y_t = q_t W_t`; see `op.delta_rule`."""
-    dtype = state.dtype
+    dtype, out = state.dtype, q.dtype
+    if unit_eps is not None:
+        q, k = (_unit(x.astype(dtype), unit_eps) for x in (q, k))
     if initial is None:
         initial = jnp.zeros(state.shape[1:], dtype)
     if starts is None:
@@ -30,4 +43,8 @@ def delta_rule(
     tokens = (*(x.astype(dtype) for x in (q, k, v, lr, log_decay)), starts)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     state, (y, loss) = jax.lax.scan(step, state, tokens)
-    return jnp.moveaxis(y, 0, 1).astype(q.dtype), jnp.moveaxis(loss, 0, 1), state
+    return jnp.moveaxis(y, 0, 1).astype(out), jnp.moveaxis(loss, 0, 1), state
+
+
+def _unit(x, eps):
+    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps**2)

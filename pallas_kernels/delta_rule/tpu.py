@@ -14,11 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import decays
-from pallas_kernels.tiles import column, dot, of_tile, solve, unit_lower_inverse
+from pallas_kernels.tiles import column, dot, of_tile, solve, unit, unit_lower_inverse
 
 
 def tiles(
-    state, initial, wide, gates, document, *, first: bool, after: bool, surprise: bool, compute
+    state,
+    initial,
+    wide,
+    gates,
+    document,
+    *,
+    first: bool,
+    after: bool,
+    surprise: bool,
+    unit_eps: float | None,
+    compute,
 ):
     """See `sequence.Plan`.
 
@@ -30,10 +40,12 @@ def tiles(
         first: whether a token's decay comes before its prediction.
         after: whether a token reads what it has written.
         surprise: whether the losses are wanted.
+        unit_eps: what keeps the norms of q and k from 0 where they are divided by them, or None.
         compute: dtype of the products' operands.
     """
     count = wide[0].shape[1]
     q, k, v, *decay = (x.reshape(-1, *x.shape[2:]) for x in wide)
+    q, k = unit(q, unit_eps), unit(k, unit_eps)
     lr, *of_heads = gates
     decayed = decays.make((*decay, *of_heads, None)[0], k, document, compute)
     of_reads, of_keys = decayed.scores(((q, after), (k, first)), k)

@@ -11,9 +11,10 @@ from memjax import documents, miras
 from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.linear import Linear
-from memjax.layers.norm import RMSNorm, unit
+from memjax.layers.norm import RMSNorm
 from memjax.layers.rotary import rotary
 from memjax.layers.statistics import MemoryStats
+from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from memjax import documents, sharding
+from memjax.miras import features
 from memjax.miras.forms import by_token, dual, kernels, linear, normal
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
@@ -119,6 +120,7 @@ def trace(
     remat: int | None = None,
     aligned: bool = False,
     loss: bool = True,
+    unit: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None, State]:
     """`chunkwise` and `surprise` in one pass: (y, surprise, state).
@@ -129,6 +131,8 @@ def trace(
             is for any other place is then not compiled (where `block` divides the chunk). A promise
             that is broken gives wrong results.
         loss: whether the surprise is wanted; else None stands for it.
+        unit: whether q and k are to be divided by their norms first (`features.unit`), which a
+            kernel does on its way.
         interpret: runs a kernel in Pallas' TPU interpreter, on any platform.
 
     Under the mesh of `jax.set_mesh` each device computes its rows and heads. All other arguments
@@ -141,9 +145,9 @@ def trace(
     if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     if kernels.wanted(rule, state, q, v, gates, implementation, loss=loss):
-        run = functools.partial(_by_kernel, aligned=aligned, interpret=interpret)
+        run = functools.partial(_by_kernel, aligned=aligned, unit=unit, interpret=interpret)
     else:
-        run = functools.partial(_by_tiles, remat=remat, aligned=aligned)
+        run = functools.partial(_by_tiles, remat=remat, aligned=aligned, unit=unit)
 
     def share(state, q, k, v, gates, segment_ids):
         starts = None
@@ -173,17 +177,17 @@ def _split(state: State) -> State:
     return State(fast, fast, fast, rows, rows, heads, heads, pairs)
 
 
-def _by_kernel(rule, state, q, k, v, gates, starts, *, block, loss, aligned, interpret):
+def _by_kernel(rule, state, q, k, v, gates, starts, *, block, loss, aligned, unit, interpret):
     """A call by the rule's Pallas kernel: all of it, or the whole chunks of it."""
     if linear.fits(rule, gates):
-        return kernels.affine(rule, state, q, k, v, gates, starts, loss=loss, interpret=interpret)
+        options = {"loss": loss, "unit": unit, "interpret": interpret}
+        return kernels.affine(rule, state, q, k, v, gates, starts, **options)
     chunk, length = rule.chunk, k.shape[1]
     whole = length - length % chunk
 
     def anywhere(state):
-        return _by_tiles(
-            rule, state, q, k, v, gates, starts, block=block, loss=True, remat=None, aligned=False
-        )
+        options = {"loss": True, "remat": None, "aligned": False, "unit": unit}
+        return _by_tiles(rule, state, q, k, v, gates, starts, block=block, **options)
 
     if not whole:
         return anywhere(state)
@@ -196,11 +200,13 @@ def _by_kernel(rule, state, q, k, v, gates, starts, *, block, loss, aligned, int
         *tokens, begins = first
         if begins is not None:
             begins = begins[:, ::chunk]
-        y, surprises, state = kernels.deep(rule, state, *tokens, begins, interpret=interpret)
+        y, surprises, state = kernels.deep(
+            rule, state, *tokens, begins, unit=unit, interpret=interpret
+        )
         if whole < length:
             more, their, state = _by_tiles(
                 rule, state, *rest, block=min(block, length - whole), loss=True, remat=None,
-                aligned=False,
+                aligned=False, unit=unit,
             )  # fmt: skip
             y, surprises = (jnp.concatenate(x, 1) for x in ((y, more), (surprises, their)))
         return y, surprises, state
@@ -215,9 +221,11 @@ def _by_kernel(rule, state, q, k, v, gates, starts, *, block, loss, aligned, int
     return y, surprises if loss else None, state
 
 
-def _by_tiles(rule, state, q, k, v, gates, starts, *, block, loss, remat, aligned):
+def _by_tiles(rule, state, q, k, v, gates, starts, *, block, loss, remat, aligned, unit):
     """A call by XLA: (y [B, T, H, V], loss [B, T, H] or None, state)."""
     length, restarts = k.shape[1], starts is not None
+    if unit:
+        q, k = features.unit(q), features.unit(k)
     starts = jnp.zeros(k.shape[:2], bool) if starts is None else starts
     past = _with_past(state, k, v, gates.threshold, starts) if state.pairs else None
     tiles = _tiles(q, k, v, gates, starts, past, min(block, length))

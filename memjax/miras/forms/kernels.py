@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import sharding
+from memjax.miras import features
 from memjax.miras.bias import dot, l2
 from memjax.miras.forms import linear
 from memjax.miras.learner import gd, momentum
@@ -90,9 +91,17 @@ def _log(gate):
 
 def affine(
     rule: Rule, state: State, q: Array, k: Array, v: Array, gates: Gates,
-    starts: Bool[Array, "B T"] | None, *, loss: bool, interpret: bool = False,
+    starts: Bool[Array, "B T"] | None, *, loss: bool, unit: bool,
+    interpret: bool,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None, State]:  # fmt: skip
-    """A rule that the closed form computes (`linear.fits`): (y, loss or None, state)."""
+    """A rule that the closed form computes (`linear.fits`): (y, loss or None, state).
+
+    Args:
+        starts: the tokens that documents begin with; None = none.
+        loss: whether the losses are wanted.
+        unit: whether q and k are to be divided by their norms first.
+        interpret: for tests.
+    """
     (weights,), (begin,) = state.weights, state.begin.weights
 
     def mapped(x):
@@ -100,7 +109,11 @@ def affine(
         rows = jax.vmap(over, in_axes=(None, 0))(state.slow, x.astype(weights.dtype))
         return rows.astype(q.dtype)
 
-    q, k = mapped(q), mapped(k)
+    corrects = isinstance(rule.bias, l2)
+    if unit and not (corrects and rule.structure.features is None):
+        q, k, unit = features.unit(q), features.unit(k), False
+    if rule.structure.features is not None:
+        q, k = mapped(q), mapped(k)
     options = {
         "initial": None if starts is None else begin,
         "starts": starts,
@@ -109,11 +122,11 @@ def affine(
         "interpret": interpret,
     }
     losses, tokens = None, (q, k, v, gates.lr, _log(gates.retain))
-    if isinstance(rule.bias, l2):
-        first = rule.retention.first
+    if corrects:
         y, losses, weights = delta_rule(
-            *tokens, weights, decay_first=first, surprise=loss, **options
-        )
+            *tokens, weights, decay_first=rule.retention.first, surprise=loss,
+            unit_eps=features.UNIT_EPSILON if unit else None, **options,
+        )  # fmt: skip
     else:
         y, weights = linear_attention(*tokens, weights, **options)
     return y, losses, state._replace(base=(weights,), weights=(weights,))
@@ -121,12 +134,14 @@ def affine(
 
 def deep(
     rule: Rule, state: State, q: Array, k: Array, v: Array, gates: Gates,
-    starts: Bool[Array, "B N"] | None, *, interpret: bool = False,
+    starts: Bool[Array, "B N"] | None, *, unit: bool, interpret: bool,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"], State]:  # fmt: skip
     """Whole chunks of a deep memory, from a chunk's start on: (y, loss, state).
 
     Args:
         starts: the chunks that documents begin with; None = none.
+        unit: whether q and k are to be divided by their norms first.
+        interpret: for tests.
     """
     structure, learns = rule.structure, rule.learner.needs_momentum
     norm = (state.slow["scale"], state.slow["bias"]) if structure.norm else None
@@ -140,6 +155,7 @@ def deep(
         activation=structure.activation,
         residual=structure.residual,
         read=rule.read,
+        unit_eps=features.UNIT_EPSILON if unit else None,
         implementation="pallas",
         interpret=interpret,
     )  # fmt: skip

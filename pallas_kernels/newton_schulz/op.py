@@ -1,0 +1,51 @@
+"""Newton-Schulz orthogonalisation: checks and dispatch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.newton_schulz import tpu
+
+
+def newton_schulz(
+    x: jax.Array,
+    steps: int = 5,
+    *,
+    implementation: str | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Singular values brought near 1 by products alone, forward and backward in one kernel each.
+
+        X_0 = x / ||x||_F,   A = X X^T,   X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X
+
+    with the products on the side of the shorter axis; where x is 0, so is the result.
+
+    Args:
+        x: matrices [..., I, J] in float32 or bfloat16, each orthogonalised for itself.
+        steps: iterations, at least 1.
+        implementation: "pallas" (TPU), "xla", or None = "pallas" where the default backend is TPU.
+        interpret: runs the kernel in Pallas' TPU interpreter, on any platform: True or
+            `pltpu.InterpretParams(...)`.
+
+    Returns:
+        [..., I, J] in x's dtype. Products take operands in x's dtype and sum in fp32; the iterates
+        are in fp32. The gradient needs x alone: the backward pass iterates again.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
+    Source: Muon (K. Jordan, 2024), whose coefficients trade exactness for speed.
+    """
+    if x.ndim < 2 or min(x.shape[-2:]) < 1:
+        raise ValueError(f"x {x.shape} must be [..., I, J] with at least one row and one column")
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"x {x.dtype} must be float32 or bfloat16")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps {steps!r} must be an integer of at least 1")
+    kernel = dispatch.kernel(implementation, interpret)
+    if x.size == 0:
+        return x
+    interpret = pltpu.InterpretParams() if interpret is True else interpret
+    return tpu.orthogonal(tpu.Plan(steps, kernel, interpret), x)
