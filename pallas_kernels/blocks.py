@@ -12,11 +12,13 @@ class Blocks(NamedTuple):
         block: tokens a tile, a power of two of at least 16.
         tiles: tiles of a step of the grid.
         heads: heads of a step of the grid, at most.
+        backward: heads of a step of the backward kernel, at most; None = as many.
     """
 
     block: int
     tiles: int
     heads: int
+    backward: int | None = None
 
 
 DEFAULT = "v5p"  # whose sizes a chip has that is not in the table
@@ -25,7 +27,7 @@ DEFAULT = "v5p"  # whose sizes a chip has that is not in the table
 # -> the widest of a head's dimensions up to which it holds.
 TABLE = {
     **blocks_table.TABLE,
-    "deep_memory": {"none": {DEFAULT: {128: (64, 2, 4), 256: (64, 1, 1)}}},
+    "deep_memory": {"none": {DEFAULT: {128: (64, 2, 8, 4), 256: (64, 1, 2, 1)}}},
 }
 
 

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import blocks as tables
 from pallas_kernels import sequence
+from pallas_kernels.blocks import Blocks
 
 LANES = 128  # of a vector register
 # Chips of the table of sizes, by what JAX calls their devices.
@@ -105,11 +106,13 @@ def plan(
     *,
     kernel: bool,
     interpret: Any,
+    chunk: int | None = None,
     chip: str | None = None,
 ):
     """The plan of a call: sizes from the table, made to fit the heads.
 
     Args:
+        chunk: tokens a tile, where that is not the table's to choose.
         chip: whose sizes; None = of the chip that is compiled for.
     """
     decay = {None: "none", 3: "head", 4: "channel"}[None if log_decay is None else log_decay.ndim]
@@ -117,19 +120,23 @@ def plan(
     if blocks is None:
         blocks = tables.find(name, decay, max(dims), chip or here())
         if q.dtype == jnp.float32:  # the table is of bf16, and this takes twice its VMEM
-            blocks = blocks._replace(heads=max(1, blocks.heads // 2))
-    block, tiles, heads = blocks
-    if block < 16 or block & (block - 1) or tiles < 1 or heads < 1:
+            halved = (None if n is None else max(1, n // 2) for n in blocks[2:])
+            blocks = Blocks(blocks.block, blocks.tiles, *halved)
+    block, tiles, most, backward = blocks
+    block, backward = chunk or block, most if backward is None else backward
+    if block < 16 or block & (block - 1) or min(tiles, most, backward) < 1:
         raise ValueError(
             f"blocks {blocks}: block must be a power of two of at least 16, tiles and heads at"
             " least 1"
         )
+    heads = q.shape[2]
     return sequence.Plan(
         tile,
         f"{name}_{decay}",
         block,
         tiles,
-        heads_of_step(q.shape[2], dims, heads) if kernel else q.shape[2],
+        heads_of_step(heads, dims, most) if kernel else heads,
+        heads_of_step(heads, dims, backward) if kernel else heads,
         q.dtype,
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )

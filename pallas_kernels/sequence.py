@@ -43,6 +43,7 @@ class Plan(NamedTuple):
         block: C, the tokens of a tile.
         tiles: tiles of a step.
         heads: heads of a step, a divisor of all.
+        backward_heads: heads of a step of the backward kernel.
         compute: dtype of the operands of products, and of what the forward pass keeps.
         vmem: bytes that the kernel may use.
         interpret: False, or how Pallas interprets the kernel: `pltpu.InterpretParams()`.
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     block: int
     tiles: int
     heads: int
+    backward_heads: int
     compute: Any
     vmem: int = VMEM
     interpret: Any = False
@@ -155,6 +157,7 @@ def _run_forward(plan, state, initial, wide, gates, document):
 
 def _run_backward(plan, residuals, cotangents):
     kept, initial, wide, gates, document = residuals
+    plan = plan._replace(heads=plan.backward_heads)
     return (*_backward_call(plan, kept, initial, wide, gates, document, *cotangents), None)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import blocks as tables
 from pallas_kernels import dispatch, sequence
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.deep_memory import tpu
@@ -103,11 +102,8 @@ def deep_memory(
         unit_eps=unit_eps,
         compute=q.dtype,
     )
-    if blocks is None:
-        blocks = tables.find("deep_memory", "none", max(q.shape[3], v.shape[3]))
-    blocks = blocks._replace(block=chunk)
     plan = dispatch.plan(
-        tile, "deep_memory", q, v, None, blocks, kernel=kernel, interpret=interpret
+        tile, "deep_memory", q, v, None, blocks, kernel=kernel, interpret=interpret, chunk=chunk
     )
     gates = tuple(x for x in (lr, log_momentum, log_retain) if x is not None)
     if q.shape[1] % plan.step:
