@@ -26,12 +26,16 @@ def prepare(dump: str | None = None, environment: Mapping[str, str] | None = Non
     """Sets what libtpu reads when it is loaded, in this process.
 
     Args:
-      dump: directory where it writes the schedules of what it compiles; large.
+      dump: directory where it writes the schedules of what it compiles.
       environment: further settings, over those of `ENVIRONMENT`.
     """
     settings = {**ENVIRONMENT, **(environment or {})}
     if dump is not None:
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
+        # Of one pass: to write all of them takes longer than to compile.
+        flags = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+            " --xla_jf_dump_llo_pass_label_regex=pre-delay.*"
+        )
         settings["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
     os.environ.update(settings)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from memjax import documents, sharding
 from memjax.miras import features
-from memjax.miras.forms import by_token, dual, kernels, linear, normal
+from memjax.miras.forms import by_token, dual, kernels, linear, normal, shards
 from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -135,8 +135,8 @@ def trace(
             kernel does on its way.
         interpret: runs a kernel in Pallas' TPU interpreter, on any platform.
 
-    Under the mesh of `jax.set_mesh` each device computes its rows and heads. All other arguments
-    are those of `chunkwise`.
+    Under the mesh of `jax.set_mesh` each device computes its rows and heads, and, where the rule is
+    affine (`linear.fits`), its tokens (`shards`). All other arguments are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
     closed = rule.learner.solves or linear.fits(rule, gates)
@@ -149,23 +149,31 @@ def trace(
     else:
         run = functools.partial(_by_tiles, remat=remat, aligned=aligned, unit=unit)
 
+    run = functools.partial(run, rule, block=block, loss=loss)
+    dims = {"batch": k.shape[0], "heads": k.shape[2]}
+    along = sharding.devices_along("time")
+    cut = along > 1 and k.shape[1] % along == 0 and linear.fits(rule, gates)
+    if cut:
+        dims["time"] = k.shape[1]
+
     def share(state, q, k, v, gates, segment_ids):
+        if cut:
+            return shards.run(run, state, q, k, v, gates, segment_ids)
         starts = None
         if segment_ids is not None:
             starts = documents.starts(segment_ids, state.segment)
-        y, surprises, state = run(rule, state, q, k, v, gates, starts, block=block, loss=loss)
+        y, surprises, state = run(state, q, k, v, gates, starts)
         if starts is not None:
             state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
         return y, surprises, state
 
-    rows, tokens = PartitionSpec("batch"), PartitionSpec("batch", None, "heads")
-    states = _split(state)
+    tokens, states = PartitionSpec("batch", "time", "heads"), _split(state)
     return sharding.on_each_device(
         share,
         (state, q, k, v, gates, segment_ids),
-        (states, tokens, tokens, tokens, tokens, rows),
+        (states, tokens, tokens, tokens, tokens, PartitionSpec("batch", "time")),
         (tokens, tokens, states),
-        dims={"batch": k.shape[0], "heads": k.shape[2]},
+        dims=dims,
     )
 
 

@@ -33,13 +33,20 @@ def wanted(
         implementation: "xla" = no; None = on TPU, where one fits; "pallas" = yes.
         loss: whether the losses are wanted.
     Raises:
-        ValueError: "pallas" where no kernel fits, with the reason; or another word.
+        ValueError: "pallas" where no kernel fits, with the reason; a deep memory on a mesh whose
+            sequence axis is split; or another word.
     """
     if implementation not in (None, "pallas", "xla"):
         raise ValueError(f'implementation {implementation!r} must be None, "pallas" or "xla"')
     if implementation == "xla" or (implementation is None and sharding.platform() != "tpu"):
         return False
     reason = _misfit(rule, state, q, v, gates, loss)
+    if reason is None and not linear.fits(rule, gates) and sharding.devices_along("time") > 1:
+        raise ValueError(
+            "a deep memory goes through its tokens one chunk after another, and no device can begin"
+            " before the one before it has ended: give the mesh sequence=1, and more to data, fsdp"
+            ' or tensor; implementation="xla" gathers the tokens on every device'
+        )
     if reason is not None and implementation == "pallas":
         raise ValueError(f'{reason}; use implementation="xla" or None')
     return reason is None
