@@ -128,9 +128,11 @@ def _check(
     if len(weights) != 2 or any(w.ndim != 4 for w in weights):
         raise ValueError("weights must be (W_1 [B, H, K, F], W_2 [B, H, F, V])")
     (batch, heads, dim_k, hidden), dim_v = weights[0].shape, weights[1].shape[-1]
-    dispatch.check_tokens(
-        q, k, v, jnp.empty((batch, heads, dim_k, dim_v), jnp.float32), None, None, "after"
-    )
+    wanted = (q.shape[0], *q.shape[2:])
+    if q.ndim == 4 and (batch, heads, dim_k) != wanted:
+        raise ValueError(f"weights {weights[0].shape} must be [B, H, K, F] with B, H, K {wanted}")
+    state = jax.ShapeDtypeStruct((batch, heads, dim_k, dim_v), jnp.float32)
+    dispatch.check_tokens(q, k, v, state, None, None, "after")
     shapes = ((batch, heads, dim_k, hidden), (batch, heads, hidden, dim_v))
     for name, pair in (("weights", weights), ("velocity", velocity)):
         for x, shape in zip(pair or (), shapes, strict=False):
