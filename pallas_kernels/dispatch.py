@@ -107,21 +107,24 @@ def plan(
     kernel: bool,
     interpret: Any,
     chunk: int | None = None,
+    larger: float = 1,
     chip: str | None = None,
 ):
     """The plan of a call: sizes from the table, made to fit the heads.
 
     Args:
         chunk: tokens a tile, where that is not the table's to choose.
+        larger: how many times the VMEM of what the table is of the call takes.
         chip: whose sizes; None = of the chip that is compiled for.
     """
     decay = {None: "none", 3: "head", 4: "channel"}[None if log_decay is None else log_decay.ndim]
     dims = q.shape[3], v.shape[3]
     if blocks is None:
         blocks = tables.find(name, decay, max(dims), chip or here())
-        if q.dtype == jnp.float32:  # the table is of bf16, and this takes twice its VMEM
-            halved = (None if n is None else max(1, n // 2) for n in blocks[2:])
-            blocks = Blocks(blocks.block, blocks.tiles, *halved)
+        if q.dtype == jnp.float32:  # the table is of bf16
+            larger *= 2
+        fewer = (None if n is None else max(1, int(n / larger)) for n in blocks[2:])
+        blocks = Blocks(blocks.block, blocks.tiles, *fewer)
     block, tiles, most, backward = blocks
     block, backward = chunk or block, most if backward is None else backward
     if block < 16 or block & (block - 1) or min(tiles, most, backward) < 1:

@@ -7,7 +7,7 @@ Every op, forward and backward, is compiled for each kind of decay, dimension of
 and the cycles of its static schedules are counted, stalls included: no TPU is needed,
 `pip install "memjax[tpu]"` is. The first chip and dimension try every candidate, the others the
 best of these; with packed documents and losses, too, the sizes must fit in VMEM. A candidate 64x2x8
-is a step of 2 tiles of 64 tokens of 8 heads.
+is a step of 2 tiles of 64 tokens of 8 heads; 64x2x8x4 has 4 heads in the backward kernel.
 
 Prints a Markdown table and writes JSON: cycles per token and head, forward and backward, and the
 share of the matrix units' slots that are taken. With --table, which takes half an hour on one core,
@@ -91,22 +91,23 @@ def names(text: str) -> list[str]:
 
 
 def sizes(text: str) -> list[Blocks]:
-    """Candidates of 64x2x8,128x1x8: tokens of a tile, tiles and heads of a step."""
+    """Candidates of 64x2x8,128x1x8x4: tokens of a tile, tiles, heads, and heads backward."""
     made = []
     for part in text.split(","):
         numbers = part.split("x")
-        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        if len(numbers) not in (3, 4) or not all(number.isdecimal() for number in numbers):
             raise argparse.ArgumentTypeError(f"{part!r} must be BLOCKxTILESxHEADS, such as 64x2x8")
         made.append(Blocks(*map(int, numbers)))
     return made
 
 
 def search(args, measured: Callable[..., dict | None]) -> Iterator[dict]:
-    """A row for everything that compiles, but for what does not with documents.
+    """A row for everything that is compiled and fits.
 
     The first chip and dimension try every candidate. Its other dimensions, and the other chips at
     the first dimension, try the `keep` best of those, and all else the best of its dimension on the
-    first chip. What is as wide as what did not fit is not tried.
+    first chip. What does not fit in VMEM is tried with half as many heads backward; nothing as wide
+    is tried again. On the first chip the best must fit with packed documents and losses too.
 
     Args:
         args: of the command line.
@@ -121,31 +122,31 @@ def search(args, measured: Callable[..., dict | None]) -> Iterator[dict]:
             ranking = rankings.get(args.dims[0] if first_chip else dim, args.candidates)
             count = len(ranking) if not rankings else args.keep if first_chip or first_dim else 1
             rows: list[dict] = []
-            for blocks in ranking:
-                if len(rows) == count or width(dim, blocks) >= widest:
-                    continue
-                row = measured(op, decay, chip, dim, blocks, packed=False)
-                if row is None:
-                    widest = width(dim, blocks)
-                else:
+            queue = [*ranking]
+            while queue and len(rows) < count:
+                blocks = queue.pop(0)
+                row = None
+                if width(dim, blocks) < widest:
+                    row = measured(op, decay, chip, dim, blocks, packed=False)
+                if row and first_chip and cycles(row) < min(map(cycles, rows), default=math.inf):
+                    row = measured(op, decay, chip, dim, blocks, packed=True) and row
+                if row:
                     rows.append(row)
-            rows.sort(key=cycles)
-            while first_chip and rows:
-                blocks = rows[0]["blocks"]
-                if measured(op, decay, chip, dim, blocks, packed=True) is not None:
-                    break
+                    continue
                 widest = min(widest, width(dim, blocks))
-                rows = [row for row in rows if width(dim, row["blocks"]) < widest]
+                if blocks.backward is None:
+                    queue.insert(0, blocks._replace(backward=max(1, blocks.heads // 2)))
             if not rows:
                 raise RuntimeError(f"{op} {decay} {dim} {chip}: no candidate fits in VMEM")
+            rows.sort(key=cycles)
             yield from rows
             if first_chip:
                 rankings[dim] = [row["blocks"] for row in rows]
 
 
 def width(dim: int, blocks: Blocks) -> int:
-    """What a step holds of each array, as good as what it needs of VMEM."""
-    return dim * math.prod(blocks)
+    """What a backward step holds of an array, as good as what it needs of VMEM."""
+    return dim * blocks.block * blocks.tiles * (blocks.backward or blocks.heads)
 
 
 def cycles(row: dict) -> float:
@@ -210,10 +211,15 @@ def best(rows: list[dict]) -> list[dict]:
     return [found[key] for key in sorted(found, key=lambda k: (k[0], DECAYS.index(k[1]), *k[2:]))]
 
 
+def text_of(blocks: Blocks) -> str:
+    """As --candidates has them; heads of the backward kernel after those of the forward one."""
+    return "x".join(str(number) for number in blocks if number is not None)
+
+
 def line(row: dict) -> str:
     return (
         f"{row['op']} {row['decay']} {row['chip']} {row['dim']}"
-        f" {'x'.join(map(str, row['blocks']))}: {row['forward']:.2f} + {row['backward']:.2f}"
+        f" {text_of(row['blocks'])}: {row['forward']:.2f} + {row['backward']:.2f}"
         f" cycles, MXU {row['mxu']:.2f}"
     )
 
@@ -227,7 +233,7 @@ def show(rows: list[dict]) -> str:
             row["decay"],
             row["chip"],
             row["dim"],
-            "x".join(map(str, row["blocks"])),
+            text_of(row["blocks"]),
             f"{row['forward']:.2f}",
             f"{row['backward']:.2f}",
             f"{cycles(row):.2f}",
@@ -241,14 +247,14 @@ def show(rows: list[dict]) -> str:
 def module(rows: list[dict], result: dict) -> str:
     """The rows as the Python of `pallas_kernels.blocks_table`."""
     versions = result["versions"]
-    text = f'''"""Sizes of steps: op -> decay -> chip -> widest dimension -> (block, tiles, heads).
+    text = f'''"""Sizes of steps: op -> decay -> chip -> widest dimension -> `Blocks`.
 
 Generated: {result["command"]}
 JAX {versions["jax"]}, libtpu {versions["libtpu"]}, {result["date"][:10]}.
 """
 
 # Beside each the cycles of a token and head, forward + backward.
-TABLE: dict[str, dict[str, dict[str, dict[int, tuple[int, int, int]]]]] = {{
+TABLE: dict[str, dict[str, dict[str, dict[int, tuple[int, ...]]]]] = {{
 '''
     tree: dict[str, dict[str, dict[str, dict[int, dict]]]] = {}
     for row in rows:
@@ -265,7 +271,8 @@ def _nested(tree: dict, depth: int) -> str:
     for key, value in tree.items():
         if "blocks" in value:
             figures = f"{value['forward']:.2f} + {value['backward']:.2f}"
-            text += f"{indent}{key}: {tuple(value['blocks'])},  # {figures}\n"
+            numbers = tuple(number for number in value["blocks"] if number is not None)
+            text += f"{indent}{key}: {numbers},  # {figures}\n"
         else:
             text += f'{indent}"{key}": {{\n{_nested(value, depth + 1)}{indent}}},\n'
     return text

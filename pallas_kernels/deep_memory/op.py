@@ -102,9 +102,13 @@ def deep_memory(
         unit_eps=unit_eps,
         compute=q.dtype,
     )
+    # The table is of chunks of 64 and four times as many hidden units as channels.
+    hidden = weights[0].shape[3] / (4 * max(q.shape[3], v.shape[3]))
+    larger = max(chunk / 64, 1) * max(hidden, 1)
     plan = dispatch.plan(
-        tile, "deep_memory", q, v, None, blocks, kernel=kernel, interpret=interpret, chunk=chunk
-    )
+        tile, "deep_memory", q, v, None, blocks, kernel=kernel, interpret=interpret, chunk=chunk,
+        larger=larger,
+    )  # fmt: skip
     gates = tuple(x for x in (lr, log_momentum, log_retain) if x is not None)
     if q.shape[1] % plan.step:
         gates += (jnp.ones_like(lr),)

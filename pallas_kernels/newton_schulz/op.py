@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, sequence
 from pallas_kernels.newton_schulz import tpu
 
 
@@ -47,5 +47,11 @@ def newton_schulz(
     kernel = dispatch.kernel(implementation, interpret)
     if x.size == 0:
         return x
+    room = tpu.room(x.shape[-2:], x.dtype, steps)
+    if kernel and room > sequence.VMEM:
+        raise ValueError(
+            f"x {x.dtype}{x.shape} with steps {steps} wants {room >> 20} MiB of VMEM a matrix, of"
+            f' {sequence.VMEM >> 20}; use implementation="xla"'
+        )
     interpret = pltpu.InterpretParams() if interpret is True else interpret
     return tpu.orthogonal(tpu.Plan(steps, kernel, interpret), x)

@@ -8,8 +8,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def newton_schulz(x, steps=5):
     """`X <- a X + (b A + c A A) X` with `A = X X^T`, from `x / ||x||_F`; see `op.newton_schulz`."""
     a, b, c = COEFFICIENTS
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-    x = jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
+    square = jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)
+    x = x / jnp.sqrt(jnp.where(square > 0, square, 1))
     for _ in range(steps):
         if x.shape[-2] <= x.shape[-1]:
             gram = x @ jnp.swapaxes(x, -1, -2)

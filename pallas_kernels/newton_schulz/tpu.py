@@ -10,8 +10,11 @@ and, for the cotangent G of X', with `S = G X^T + X G^T`:
     dX = a G + H G + (b S + c (A S + S A)) X
 
 The backward kernel has x alone from the forward one: it iterates again, keeps X, A and H of every
-step in VMEM as the operands that they are, and goes back through them. A product waits for the one
-before it, so that matrix units are busy only if there are several matrices at once.
+step in VMEM as the operands that they are, and goes back through them.
+
+A product waits for the one before it, so that matrix units are busy only if there are several
+matrices at once. Matrices of fewer columns than a register has lanes go side by side, `[X1 | X2]`,
+and their products are those with block diagonals: `[A1 | A2] diag(B1, B2) = [A1 B1 | A2 B2]`.
 """
 
 import functools
@@ -26,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import sequence
+from pallas_kernels.dispatch import LANES
 from pallas_kernels.newton_schulz.reference import COEFFICIENTS
 from pallas_kernels.tiles import dot
 
@@ -48,16 +52,82 @@ class Sizes(NamedTuple):
     """How a kernel cuts its work.
 
     Attributes:
-        matrices: of a grid step.
+        matrices: of a grid step, a multiple of `together`.
+        together: matrices side by side.
         unroll: whether the iterations are one straight line of instructions.
     """
 
     matrices: int
+    together: int
     unroll: bool
 
 
-def sizes(count: int, shape: tuple[int, int], steps: int) -> Sizes:
-    return Sizes(min(count, 8), True)
+ROWS = 1024  # of all matrices of a step, that keep the matrix units busy: for 16-bit operands
+LINE = 16_000  # cycles up to which the forward kernel is one straight line; the backward has twice
+
+
+def sizes(count: int, shape: tuple[int, int], dtype, steps: int) -> Sizes:
+    """As many matrices a step as keep the matrix units of a chip busy, in steps of equal size.
+
+    From schedules compiled for v5p: between iterations of a loop the units run empty, for some 300
+    to 700 cycles; what is short enough is unrolled.
+    """
+    short, long = sorted(shape)
+    blocks = -(-short // LANES)
+    passes = 6 if jnp.dtype(dtype).itemsize > 2 else 1  # of the matrix unit, for a product in fp32
+    together = LANES // long if short % 16 == 0 and LANES % long == 0 else 1
+    most = ROWS // (max(short, 16) * blocks)
+    most = (most if together == 1 else 2 * most) // (1 if passes == 1 else 4)
+    most = max(min(most, sequence.VMEM // 2 // room(shape, dtype, steps)), 1)
+    matrices = -(-count // -(-count // most))
+    matrices = -(-matrices // together) * together
+    cycles = 32 * passes * short * blocks * (2 * -(-long // LANES) + blocks) / LANES
+    return Sizes(matrices, together, steps * matrices * cycles <= LINE)
+
+
+def room(shape: tuple[int, int], dtype, steps: int) -> int:
+    """Bytes of VMEM that the backward kernel wants for a matrix, about."""
+    size = jnp.dtype(dtype).itemsize
+    short, long = sorted(shape)
+    given, whole, square = (
+        -(-rows // 16) * 16 * -(-columns // LANES) * LANES
+        for rows, columns in (shape, (short, long), (short, short))
+    )
+    spilled = 32 if size > 2 else 8  # a product in fp32 splits its operands
+    windows = 3 * 2 * size * given
+    return windows + (8 + steps * size + spilled) * whole + (2 * steps * size + spilled) * square
+
+
+class Work(NamedTuple):
+    """How products are made.
+
+    Attributes:
+        compute: dtype of their operands.
+        together: matrices side by side: X is [N / together, I, together * J].
+    """
+
+    compute: Any
+    together: int = 1
+
+
+def _product(a, b, kind, work: Work):
+    """`tiles.dot` of every matrix of a with its own of b."""
+    b, count = b.astype(work.compute), work.together
+    if count > 1:
+        size = b.shape[2] // count
+        lane = lax.broadcasted_iota(jnp.int32, b.shape, 2)
+        places = [(lane >= n * size) & (lane < (n + 1) * size) for n in range(count)]
+        b = jnp.concatenate([jnp.where(at, b, jnp.zeros_like(b)) for at in places], axis=1)
+    return dot(a, b, kind, work.compute)
+
+
+def _product_and_transposed(a, b, kind, work: Work):
+    """`P + P^T` of a product P that is P^T with a and b exchanged: `a b^T`, or `a b` of symmetric
+    ones. To turn P is cheaper than a second product, but not where matrices are side by side."""
+    found = _product(a, b, kind, work)
+    if work.together > 1:
+        return found + _product(b, a, kind, work)
+    return found + jnp.swapaxes(found, 1, 2)
 
 
 def scale(x: jax.Array) -> jax.Array:
@@ -74,31 +144,26 @@ def scale_backward(x: jax.Array, by_unit: jax.Array) -> jax.Array:
     return size * (by_unit - unit * jnp.sum(unit * by_unit, axis=(1, 2), keepdims=True))
 
 
-def symmetric(x: jax.Array, compute) -> tuple[jax.Array, jax.Array]:
-    """A and H of X [N, I, J], both [N, I, I]."""
+def symmetric(x: jax.Array, work: Work) -> tuple[jax.Array, jax.Array]:
+    """A and H of X."""
     _, b, c = COEFFICIENTS
-    gram = dot(x, x, "nt", compute)
-    return gram, b * gram + c * dot(gram, gram, "nn", compute)
+    gram = _product(x, x, "nt", work)
+    return gram, b * gram + c * _product(gram, gram, "nn", work)
 
 
-def iterate(x: jax.Array, polynomial: jax.Array, compute) -> jax.Array:
+def iterate(x: jax.Array, polynomial: jax.Array, work: Work) -> jax.Array:
     """X' of X and its H."""
-    return COEFFICIENTS[0] * x + dot(polynomial, x, "nn", compute)
+    return COEFFICIENTS[0] * x + _product(polynomial, x, "nn", work)
 
 
-def iterate_backward(by_next, x, gram, polynomial, compute) -> jax.Array:
-    """The cotangent of X from that of X': four products."""
+def iterate_backward(by_next, x, gram, polynomial, work: Work) -> jax.Array:
+    """The cotangent of X from that of X'."""
     a, b, c = COEFFICIENTS
-    narrow = by_next.astype(compute)
-    s = dot(narrow, x, "nt", compute)
-    s += jnp.swapaxes(s, 1, 2)
-    both = dot(gram, s, "nn", compute)
-    by_gram = b * s + c * (both + jnp.swapaxes(both, 1, 2))
-    return a * by_next + dot(polynomial, narrow, "nn", compute) + dot(by_gram, x, "nn", compute)
-
-
-def _turned(x):
-    return jnp.swapaxes(x, -1, -2)
+    narrow = by_next.astype(work.compute)
+    s = _product_and_transposed(narrow, x, "nt", work)
+    by_gram = b * s + c * _product_and_transposed(gram, s, "nn", work)
+    by_x = a * by_next + _product(polynomial, narrow, "nn", work)
+    return by_x + _product(by_gram, x, "nn", work)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,53 +183,61 @@ def _backward(plan, x, by):
 orthogonal.defvjp(_forward, _backward)
 
 
-def _turn(x, given):
-    """X [., short, long] from x of the shape of the given matrices, and back."""
-    return jnp.swapaxes(x, 1, 2) if given.shape[1] > given.shape[2] else x
+def _enter(x, shape, together: int = 1):
+    """X from x [N, *shape]: its rows the shorter axis, matrices side by side."""
+    x = jnp.swapaxes(x, 1, 2) if shape[0] > shape[1] else x
+    return x if together == 1 else jnp.concatenate(jnp.split(x, together, axis=0), axis=2)
 
 
-def _scan(plan: Plan, given):
+def _leave(x, shape, together: int = 1):
+    """The reverse of `_enter`."""
+    x = x if together == 1 else jnp.concatenate(jnp.split(x, together, axis=2), axis=0)
+    return jnp.swapaxes(x, 1, 2) if shape[0] > shape[1] else x
+
+
+def _scan(plan: Plan, x, work: Work):
     """(X of every step, the last X), for x [N, I, J]."""
-    x = given.astype(jnp.float32)
 
     def step(x, _):
-        return iterate(x, symmetric(x, given.dtype)[1], given.dtype), x
+        return iterate(x, symmetric(x, work)[1], work), x
 
-    last, xs = lax.scan(step, _turn(x * scale(x), given), length=plan.steps)
+    last, xs = lax.scan(step, _enter(x * scale(x), x.shape[1:]), length=plan.steps)
     return xs, last
 
 
-def _forward_scan(plan: Plan, x):
-    given = x.reshape(-1, *x.shape[-2:])
-    _, last = _scan(plan, given)
-    return _turn(last, given).astype(x.dtype).reshape(x.shape)
+def _forward_scan(plan: Plan, given):
+    shape = given.shape[-2:]
+    x = given.reshape(-1, *shape).astype(jnp.float32)
+    _, last = _scan(plan, x, Work(given.dtype))
+    return _leave(last, shape).astype(given.dtype).reshape(given.shape)
 
 
-def _backward_scan(plan: Plan, x, by):
-    given, by = (x.reshape(-1, *x.shape[-2:]) for x in (x, by))
-    xs, _ = _scan(plan, given)
+def _backward_scan(plan: Plan, given, by):
+    shape, work = given.shape[-2:], Work(given.dtype)
+    x, by = (x.reshape(-1, *shape).astype(jnp.float32) for x in (given, by))
+    xs, _ = _scan(plan, x, work)
 
     def back(by, x):
-        return iterate_backward(by, x, *symmetric(x, given.dtype), given.dtype), None
+        return iterate_backward(by, x, *symmetric(x, work), work), None
 
-    by, _ = lax.scan(back, _turn(by.astype(jnp.float32), given), xs, reverse=True)
-    by = scale_backward(given.astype(jnp.float32), _turn(by, given))
-    return by.astype(x.dtype).reshape(x.shape)
+    by, _ = lax.scan(back, _enter(by, shape), xs, reverse=True)
+    return scale_backward(x, _leave(by, shape)).astype(given.dtype).reshape(given.shape)
 
 
 def _forward_call(plan: Plan, x):
-    compute = x.dtype
+    shape, compute = x.shape[-2:], x.dtype
 
     def kernel(cut, given, found, now):
+        work = Work(compute, cut.together)
         x = given[...].astype(jnp.float32)
-        now[...] = _turn(x * scale(x), given)
+        now[...] = _enter(x * scale(x), shape, cut.together)
 
         def step(_, __):
             x = now[...]
-            now[...] = iterate(x, symmetric(x, compute)[1], compute)
+            now[...] = iterate(x, symmetric(x, work)[1], work)
 
         lax.fori_loop(0, plan.steps, step, None, unroll=cut.unroll)
-        found[...] = _turn(now[...], given).astype(found.dtype)
+        found[...] = _leave(now[...], shape, cut.together).astype(compute)
 
     def scratch(whole, square):
         return (pltpu.VMEM(whole, jnp.float32),)
@@ -173,38 +246,39 @@ def _forward_call(plan: Plan, x):
 
 
 def _backward_call(plan: Plan, x, by):
-    compute = x.dtype
+    shape, compute = x.shape[-2:], x.dtype
 
     def kernel(cut, given, by, found, now, by_now, xs, grams, polynomials):
+        work = Work(compute, cut.together)
         x = given[...].astype(jnp.float32)
-        now[...] = _turn(x * scale(x), given)
+        now[...] = _enter(x * scale(x), shape, cut.together)
 
         def keep(n):
             x = now[...]
-            gram, polynomial = symmetric(x, compute)
+            gram, polynomial = symmetric(x, work)
             for kept, value in ((xs, x), (grams, gram), (polynomials, polynomial)):
                 kept[n] = value.astype(compute)
             return x, polynomial
 
         def step(n, _):
-            now[...] = iterate(*keep(n), compute)
+            now[...] = iterate(*keep(n), work)
 
         def back(n, _):
             n = plan.steps - 1 - n
-            by_now[...] = iterate_backward(by_now[...], xs[n], grams[n], polynomials[n], compute)
+            by_now[...] = iterate_backward(by_now[...], xs[n], grams[n], polynomials[n], work)
 
         lax.fori_loop(0, plan.steps - 1, step, None, unroll=cut.unroll)
         keep(plan.steps - 1)
-        by_now[...] = _turn(by[...].astype(jnp.float32), given)
+        by_now[...] = _enter(by[...].astype(jnp.float32), shape, cut.together)
         lax.fori_loop(0, plan.steps, back, None, unroll=cut.unroll)
-        x = given[...].astype(jnp.float32)
-        found[...] = scale_backward(x, _turn(by_now[...], given)).astype(found.dtype)
+        x, by_unit = given[...].astype(jnp.float32), _leave(by_now[...], shape, cut.together)
+        found[...] = scale_backward(x, by_unit).astype(compute)
 
     def scratch(whole, square):
-        kept = ((plan.steps, *shape) for shape in (whole, square, square))
+        kept = ((plan.steps, *one) for one in (whole, square, square))
         return (
             *(pltpu.VMEM(whole, jnp.float32) for _ in range(2)),
-            *(pltpu.VMEM(shape, compute) for shape in kept),
+            *(pltpu.VMEM(one, compute) for one in kept),
         )
 
     return _call(plan, kernel, "newton_schulz_backward", scratch, x, by)
@@ -217,18 +291,19 @@ def _call(plan: Plan, kernel, name: str, scratch, *arrays):
     def run(*arrays):
         x, *_ = arrays
         count, shape = math.prod(x.shape[:-2]), x.shape[-2:]
-        cut = sizes(count, shape, plan.steps)
+        cut = sizes(count, shape, x.dtype, plan.steps)
         more = ((0, -count % cut.matrices), (0, 0), (0, 0))
         arrays = [jnp.pad(x.reshape(-1, *shape), more) for x in arrays]
         block = pl.BlockSpec((cut.matrices, *shape), lambda n: (n, 0, 0))
         short, long = sorted(shape)
+        packed = cut.matrices // cut.together, short
         found = pl.pallas_call(
             functools.partial(kernel, cut),
             grid=(arrays[0].shape[0] // cut.matrices,),
             in_specs=[block] * len(arrays),
             out_specs=block,
             out_shape=jax.ShapeDtypeStruct(arrays[0].shape, x.dtype),
-            scratch_shapes=scratch((cut.matrices, short, long), (cut.matrices, short, short)),
+            scratch_shapes=scratch((*packed, cut.together * long), (*packed, cut.together * short)),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",), vmem_limit_bytes=sequence.VMEM
             ),

@@ -35,16 +35,18 @@ class Case(NamedTuple):
     heads: int = 2
     key: int = 64
     value: int = 64
-    blocks: Blocks = Blocks(16, 2, 2)
+    blocks: Blocks | None = Blocks(16, 2, 2)
     dtype: Any = jnp.float32
     implementation: str = "xla"
-    cores: int = 1  # that the interpreter runs the parallel grid on
+    cores: int = 1  # on which the interpreter runs the parallel grid; 0 = it is compiled
+    unit_eps: float | None = None
 
     def __str__(self) -> str:
         words = (self.op.partition("_")[0], self.decay, "" if self.first else "late", self.read)
-        sizes = (self.batch, self.length, self.heads), (self.key, self.value), self.blocks
-        sizes = ("x".join(map(str, some)) for some in sizes)
-        words += ("packed" if self.packed else "", *sizes, jnp.dtype(self.dtype).name)
+        sizes = (self.batch, self.length, self.heads), (self.key, self.value), self.blocks or ()
+        sizes = ("x".join(str(n) for n in some if n is not None) for some in sizes)
+        words += ("packed" if self.packed else "", "unit" if self.unit_eps else "")
+        words += (*sizes, jnp.dtype(self.dtype).name)
         return "-".join(filter(None, (*words, self.implementation)))
 
 
@@ -70,13 +72,13 @@ class Results(NamedTuple):
 
 
 def inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random: unit keys, rates of 0 to 1, decays of 0.01 to 0.999."""
+    """Random: unit keys, unless the op makes them so, rates of 0 to 1, decays of 0.01 to 1."""
     random = np.random.default_rng(seed)
     shape = (case.batch, case.length, case.heads)
 
     def unit(*shape):
         x = random.normal(size=shape)
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return x / (np.sqrt(case.key / 2) if case.unit_eps else norm(x))
 
     channels = {"none": None, "head": (), "channel": (case.key,)}[case.decay]
     starts = random.random(shape[:2]) < 4 / case.length
@@ -96,6 +98,10 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
             starts=starts if case.packed else None,
         ),
     )
+
+
+def norm(x):
+    return np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def rounded(case: Case, given: Inputs) -> Inputs:
@@ -124,10 +130,14 @@ def has_loss(case: Case) -> bool:
     return case.op == "delta_rule"
 
 
+def of_delta_rule(case: Case) -> dict[str, Any]:
+    return {"decay_first": case.first, "unit_eps": case.unit_eps}
+
+
 def call(case: Case, given: Inputs) -> Results:
     """The op by the implementation of the case."""
-    options = {"decay_first": case.first, "surprise": True} if has_loss(case) else {}
-    if case.implementation == "pallas":
+    options = {"surprise": True, **of_delta_rule(case)} if has_loss(case) else {}
+    if case.implementation == "pallas" and case.cores:
         options["interpret"] = pltpu.InterpretParams(
             detect_races=True, num_cores_or_threads=case.cores
         )
@@ -140,7 +150,7 @@ def call(case: Case, given: Inputs) -> Results:
 
 def reference(case: Case, given: Inputs) -> Results:
     """`reference.py` of the op."""
-    options = {"decay_first": case.first} if has_loss(case) else {}
+    options = of_delta_rule(case) if has_loss(case) else {}
     found = REFERENCES[case.op](
         *given[:6], initial=given.initial, starts=given.starts, read=case.read, **options
     )
@@ -184,6 +194,8 @@ def wide(x):
 def oracle(case: Case, given: Inputs) -> Results:
     """The equations of the ops, a token at a time, in NumPy and float64."""
     q, k, v, lr = (np.asarray(x, np.float64) for x in given[:4])
+    if case.unit_eps:
+        q, k = (x / np.sqrt(norm(x) ** 2 + case.unit_eps**2) for x in (q, k))
     y, losses = np.zeros(v.shape), np.zeros(lr.shape)
     last = np.array(given.state, np.float64)
     for row, head in np.ndindex(case.batch, case.heads):
