@@ -32,7 +32,8 @@ def newton_schulz(
 
     Returns:
         [..., I, J] in x's dtype. Products take operands in x's dtype and sum in fp32; the iterates
-        are in fp32. The gradient needs x alone: the backward pass iterates again.
+        are in fp32. The gradient needs x alone: the backward pass iterates again. Small matrices
+        share registers in the kernel, so that one that is not finite makes its neighbours nan.
 
     Raises:
         ValueError: an argument that does not fit, by name.
