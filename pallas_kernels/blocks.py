@@ -27,7 +27,7 @@ DEFAULT = "v5p"  # whose sizes a chip has that is not in the table
 # -> the widest of a head's dimensions up to which it holds.
 TABLE = {
     **blocks_table.TABLE,
-    "deep_memory": {"none": {DEFAULT: {128: (64, 1, 8, 4), 256: (64, 1, 2, 1)}}},
+    "deep_memory": {"none": {DEFAULT: {128: (64, 1, 8, 4), 256: (64, 1, 1, 1)}}},
 }
 
 
