@@ -19,11 +19,11 @@ from tests.pallas_kernels import affine
 from tests.pallas_kernels.affine import Case, assert_close, assert_zero, call
 
 SINGLE = 1e-5
-# Rounding the operands of a product moves each term by at most 2^-8 of itself, with signs of their
-# own: however many terms it sums, the sum moves by about that of its usual size. From an input to a
-# result or a gradient there are up to eight products in a row: prediction, scores, inverse,
-# solution and read, and in the backward pass as many transposed ones, but for those they share.
-HALF = 2**-8 * np.sqrt(8)
+# Rounding an operand moves each term of a product by at most 2^-8 of itself, each its own way:
+# however many terms it sums, the sum moves by about that of its usual size. From an input to a
+# result or a gradient there are up to eight products in a row, of two operands each: prediction,
+# scores, solution and read, and in the backward pass as many transposed ones.
+HALF = 2**-8 * np.sqrt(2 * 8)
 
 
 @pytest.fixture(autouse=True)

@@ -100,3 +100,24 @@ print(2 * 4096**3 / chip.flops_a_cycle / hlo.cycles(module))
     )
     assert done.returncode == 0, done.stderr
     assert 0.85 < float(done.stdout) <= 1.0
+
+
+def test_neither_tokens_nor_a_whole_parameter_are_gathered(tmp_path):
+    """Where the time axis is split, an affine memory gathers what the devices make of its state,
+    `K (K + V)` numbers a head from each; layers are gathered one at a time."""
+    rows, length, dim, heads, layers = 4, 4096, 256, 2, 4
+    report, _ = compiled(
+        tmp_path, "--config.model.pattern=('gated_delta_net',)", "--mesh=data=1,fsdp=4,sequence=2",
+        "--topology=v5p:2x2x2",        f"--config.model.context={length}", f"--config.train.batch={rows}",
+        f"--config.model.layers={layers}", "--config.model.remat=full",
+    )  # fmt: skip
+    gathered = {
+        (one["part"], one["group"]): one["bytes"] / one["count"]
+        for one in report["traffic"]
+        if one["kind"] == "all-gather"
+    }
+    of_states = 2 * heads * (dim // heads) ** 2 * 4
+    assert gathered["mixer.gated_delta_net", 2] <= 2 * of_states
+    tokens = rows // 4 * length * dim * 2
+    assert max(gathered.values()) < tokens
+    assert max(gathered.values()) < report["parameters"] * 2 / layers
