@@ -100,10 +100,12 @@ def test_sizes_are_those_of_the_chip(monkeypatch):
 
 
 def test_the_table_is_whole():
+    """Every op and decay has sizes for the chip that others take them from, up to 256 channels."""
     for op in ("delta_rule", "linear_attention"):
         for decay in ("none", "head", "channel"):
-            for chip in ("v5e", "v5p", "v6e"):
-                assert [*blocks_table.TABLE[op][decay][chip]] == [64, 128, 256]
+            chips = blocks_table.TABLE[op][decay]
+            assert blocks.DEFAULT in chips
+            assert all(max(rows) == 256 for rows in chips.values())
 
 
 @pytest.mark.parametrize(
