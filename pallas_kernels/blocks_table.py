@@ -1,9 +1,9 @@
 """Sizes of steps: op -> decay -> chip -> widest dimension -> `Blocks`.
 
-The delta rule's with decays of heads or none are the best of `python
-experiments/benchmarks/kernel_blocks.py --chips=v5p --candidates=128x1x8,64x2x8,64x1x8 --keep=1` (JAX
-0.10.2, libtpu 0.0.42.1, 2026-11-22); the others were tried at dimension 128 only, and that script
-has not gone over them.
+The delta rule's with decays of heads or none are the best that `python
+experiments/benchmarks/kernel_blocks.py --chips=v5p --candidates=128x1x8,64x2x8,64x1x8 --keep=1`
+found (JAX 0.10.2, libtpu 0.0.42.1, 2026-11-22); the others were tried at dimension 128 only, and
+that script has not gone over them.
 """
 
 # Beside each the cycles of a token and head, forward + backward, where they were measured.
