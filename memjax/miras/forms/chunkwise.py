@@ -144,8 +144,7 @@ def trace(
         block = linear.BLOCK if closed else _default_block(rule)
     if block < 1 or (block > rule.chunk and not closed):
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
-    by_kernel = kernels.wanted(rule, state, q, v, gates, implementation, loss=loss)
-    if by_kernel:
+    if kernels.wanted(rule, state, q, v, gates, implementation, loss=loss):
         run = functools.partial(_by_kernel, aligned=aligned, unit=unit, interpret=interpret)
     else:
         run = functools.partial(_by_tiles, remat=remat, aligned=aligned, unit=unit)
@@ -168,10 +167,6 @@ def trace(
             state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
         return y, surprises, state
 
-    if along > 1 and not cut and not by_kernel:
-        # The compiler gathers the tokens. In `jax.shard_map`, whole on every device of the axis,
-        # `custom_linear_solve` (MesaNet) gives wrong derivatives (JAX 0.10.2).
-        return share(state, q, k, v, gates, segment_ids)
     tokens, states = PartitionSpec("batch", "time", "heads"), _split(state)
     return sharding.on_each_device(
         share,
