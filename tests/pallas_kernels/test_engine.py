@@ -107,6 +107,7 @@ def test_without_a_tpu_it_is_xla():
         (miras.zoo.titans(chunk=16, read="chunk"), "read=.chunk."),
         (miras.Rule(miras.mlp(), miras.huber(), miras.none(), miras.gd()), "bias l2"),
         (miras.zoo.rwkv7(), "no kernel for exchange"),
+        (miras.zoo.mesa_net(), "no kernel for least_squares"),
     ],
 )
 def test_what_has_no_kernel_is_refused_with_the_reason(rule, reason):

@@ -66,7 +66,7 @@ def fits(rule: Rule, gates: Gates) -> bool:
         isinstance(rule.structure, matrix)
         and isinstance(rule.bias, l2 | dot)
         and isinstance(rule.learner, gd | implicit)
-        and not rule.learner.erases
+        and not (rule.learner.erases or rule.learner.solves)
         and rule.chunk == 1
         and gates.scale is None
         and type(rule.retention) in (decay, none)
