@@ -247,10 +247,10 @@ def show(rows: list[dict]) -> str:
 
 def module(rows: list[dict], result: dict) -> str:
     """The rows as the Python of `pallas_kernels.blocks_table`."""
-    versions = result["versions"]
+    versions, command = result["versions"], result["command"].replace(" --", " \\\\\n    --")
     text = f'''"""Sizes of steps: op -> decay -> chip -> widest dimension -> `Blocks`.
 
-Generated: {result["command"]}
+Generated: {command}
 JAX {versions["jax"]}, libtpu {versions["libtpu"]}, {result["date"][:10]}.
 """
 
