@@ -107,7 +107,7 @@ def plan(
     kernel: bool,
     interpret: Any,
     chunk: int | None = None,
-    larger: float = 1,
+    larger: float = 1.0,
     chip: str | None = None,
 ):
     """The plan of a call: sizes from the table, made to fit the heads.

@@ -104,7 +104,7 @@ def deep_memory(
     )
     # The table is of chunks of 64 and four times as many hidden units as channels.
     hidden = weights[0].shape[3] / (4 * max(q.shape[3], v.shape[3]))
-    larger = max(chunk / 64, 1) * max(hidden, 1)
+    larger = max(chunk / 64, 1.0) * max(hidden, 1.0)
     plan = dispatch.plan(
         tile, "deep_memory", q, v, None, blocks, kernel=kernel, interpret=interpret, chunk=chunk,
         larger=larger,
