@@ -1,15 +1,7 @@
 """Sizes of steps: op -> decay -> chip -> widest dimension -> `Blocks`.
 
 Generated: python experiments/benchmarks/kernel_blocks.py \\
-    \\
-    --chips=v5p \\
-    \\
-    --candidates=128x1x8,64x2x8,64x1x8 \\
-    \\
-    --keep=1 \\
-    \\
-    --out=runs/benchmarks/kernel_blocks.json \\
-    \\
+    --chips=v5p --candidates=128x1x8,64x2x8,64x1x8 --keep=1 \\
     --table=pallas_kernels/blocks_table.py
 JAX 0.10.2, libtpu 0.0.42.1, 2026-11-22.
 """
