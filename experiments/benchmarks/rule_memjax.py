@@ -7,6 +7,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rule_inputs
 
 from memjax import miras
 from memjax.tpu.operations import products
@@ -24,34 +25,32 @@ def build(spec: dict):
     make = getattr(miras.zoo, spec["rule"])
     known = inspect.signature(make).parameters
     rule = make(**{name: value for name, value in spec["options"].items() if name in known})
-    shape, dim = (spec["batch"], spec["tokens"], spec["heads"]), spec["head_dim"]
-    keys = jax.random.split(jax.random.key(0), 6)
-    q, k, v = (jax.random.normal(key, (*shape, dim)) for key in keys[:3])
-    q, k = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (q, k))
-
-    def gate(low: float, high: float, *more: int):
-        return jax.random.uniform(keys[3], (*shape, *more), minval=low, maxval=high)
-
-    channels = (dim,) if spec["rule"] in ("gla", "kda", "rwkv7") else ()
-    window = rule.learner.window
+    drawn = rule_inputs.draw(spec)
+    q, k, v = (jnp.asarray(drawn[name]) for name in ("q", "k", "v"))
+    dim, window = spec["head_dim"], rule.learner.window
+    needs = {
+        "lr": True,
+        "momentum": rule.learner.needs_momentum,
+        "retain": rule.retention.needs_retain,
+        "threshold": rule.bias.needs_threshold,
+        "write": rule.learner.exchanges,
+    }
     gates = miras.Gates(
-        lr=gate(0.0, 0.1, *(channels if rule.learner.exchanges else ())),
-        momentum=gate(0.3, 0.7) if rule.learner.needs_momentum else None,
-        retain=gate(0.9, 1.0, *channels) if rule.retention.needs_retain else None,
-        threshold=gate(0.5, 1.5) if rule.bias.needs_threshold else None,
-        window=gate(0.0, 1.0, window) if window > 1 else None,
-        write=0.1 * k if rule.learner.exchanges else None,
+        **{name: jnp.asarray(drawn[name]) for name, needed in needs.items() if needed}
     )
+    if window > 1:
+        drawn = jax.random.uniform(jax.random.key(1), (*q.shape[:3], window))
+        gates = gates._replace(window=drawn)
     weights = jax.vmap(lambda key: rule.init(key, dim, dim))(
-        jax.random.split(keys[4], spec["heads"])
+        jax.random.split(jax.random.key(0), spec["heads"])
     )
     form = getattr(miras, spec["form"])
 
     def loss(weights, q, k, v, gates):
         y, _ = form(rule, miras.start(rule, weights, spec["batch"]), q, k, v, gates)
-        return jnp.sum(jnp.square(y))
+        return jnp.sum(jnp.square(y)), y
 
-    step = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))
+    step = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
     arguments = (weights, q, k, v, gates)
     began = time.perf_counter()
     compiled = jax.jit(step).lower(*arguments).compile()
@@ -64,6 +63,7 @@ def build(spec: dict):
     results = compiled(*arguments)
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(results)):
         raise FloatingPointError(f"{spec['rule']}: loss or gradients are not finite")
+    info["loss"] = float(np.sum(np.square(np.asarray(results[0][1], np.float64))))
     del results
 
     def answer(steps: int) -> dict:

@@ -115,8 +115,10 @@ def test_decode(tmp_path):
     assert "NO" not in printed
 
 
-def test_rules(tmp_path):
-    printed, result = smoke("rules", tmp_path)
+def test_rules(tmp_path, bare_python):
+    printed, result = smoke("rules", tmp_path, f"--peer_python={bare_python}")
+    assert f"flash-linear-attention cannot be imported by {bare_python}" in printed
+    assert 'pip install "memjax[peers]"' in printed
     assert [row["rule"] for row in result["rows"]] == ["gated_delta_net", "yaad"]
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(
@@ -131,6 +133,7 @@ def test_rules(tmp_path):
     ("name", "flags", "message"),
     [
         ("rules", ["--rules=gru"], "no rule 'gru'; there are linear_attention, retnet"),
+        ("rules", ["--peer_python=/none"], "--peer_python=/none is no program"),
         ("neural_memory", ["--heads=3"], "--dim=256 must be a multiple of --heads=3"),
         ("neural_memory", ["--tokens=100"], "--tokens=100 must be at least two chunks of 64"),
         ("neural_memory", ["--peer_python=/none"], "--peer_python=/none is no program"),
@@ -239,6 +242,31 @@ def test_ratios_and_table_of_a_comparison(module):
         "16", "titans-pytorch", "50", "25 to 50", "4.00", "8", "4.00", "1,024", "–", "–",
     ]  # fmt: skip
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_rule_beside_its_pytorch_reference(module):
+    bench = module("rules")
+
+    def sample(seconds, growth):
+        return {"tokens": 100, "seconds": seconds, "growth": growth}
+
+    ours = {"flops": 4_000_000, "compile_seconds": 3.0, "loss": 2.0}
+    infos = {"chunkwise": ours, "recurrent": {}, "peer": {"loss": 2.0005}}
+    samples = {
+        "chunkwise": [sample(0.25, 10**6), sample(0.5, 2 * 10**6), sample(0.5, 2 * 10**6)],
+        "recurrent": [sample(1.0, 0)],
+        "peer": [sample(2.0, 5 * 10**6), sample(4.0, 6 * 10**6), sample(2.0, 8 * 10**6)],
+    }
+    row = bench.row("retnet", 50, 2, infos, samples)
+    assert (row["ratio"], row["operations"], row["memory"]) == (2, 40_000, 2 * 10**6)
+    assert (row["peer"]["ratio"], row["peer"]["memory_ratio"]) == (4, 4)
+    assert row["peer"]["difference"] == pytest.approx(2.5e-4)
+    alone = bench.row("yaad", 50, 2, infos, {k: v for k, v in samples.items() if k != "peer"})
+    assert "peer" not in alone
+    title, _, *lines = bench.show_peers([row, alone]).splitlines()
+    (cells,) = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == ["retnet", "naive_chunk_simple_gla", "200", "50", "4.0", "2", "8", "2e-04"]
+    assert len(bench.show([row, alone]).splitlines()) == 4
 
 
 def test_decode_refuses_a_state_that_is_elsewhere(module):

@@ -14,9 +14,10 @@ the errors of its tokens solve a unit lower triangular system, and all else is p
     Y = Q W + S E              S[i, j] = lr_j (q_i P k_j),             Q_i = q_i P[i, 0]
     W_C = P[C, 0] W + B^T E    B_j = lr_j k_j P[C, j]
 
-Only `E` and `W_C` wait for the tile before. `exchange`, which erases along one key and writes along
-another, has `E = -U` in the same places, with `lr o k` for `lr k`, and beside it the same three
-products of the values under the scores of the keys that are written. This is the WY representation
+Only `E` and `W_C` wait for the tile before. With `dot` nothing is solved, and lr stands beside V,
+once, instead of in S and B. `exchange`, which erases along one key and writes along another, has
+`E = -U` in the same places, with `lr o k` for `lr k`, and beside it the same three products of the
+values under the scores of the keys that are written. This is the WY representation
 of a product of Householder-like factors (Bischof and Van Loan, 1987; for sequences Yang et al.,
 arXiv:2406.06484), with every product of decays taken as such, never as a quotient.
 """
@@ -49,8 +50,8 @@ BLOCK = 64  # tokens a tile, unless asked for
 class Run(NamedTuple):
     """A tile of one head: all that does not wait for the weights that it begins with."""
 
-    values: Float[Array, "C V"]  # (I + A)^-1 (V - X W_0), W_0 where a document begins
-    keys: Float[Array, "C K"]  # (I + A)^-1 X, of the document in progress
+    values: Float[Array, "C V"]  # (I + A)^-1 (V - X W_0), W_0 where a document begins; lr V of dot
+    keys: Float[Array, "C K"] | None  # (I + A)^-1 X, of the document in progress; l2 only
     queries: Float[Array, "C K"]  # Q, of the document in progress
     scores: Float[Array, "C C"]  # S
     writes: Float[Array, "C K"]  # B
@@ -108,23 +109,31 @@ def run(
     k, v = tiles.learned.k, tiles.learned.v
     runs = prepare(tiles.q, k, v, tiles.gates, tiles.live, document, begin, state.slow)
 
+    learns_errors = isinstance(rule.bias, l2)
+    if not learns_errors:  # what is learned does not wait
+        learned = matmul(jnp.swapaxes(runs.writes, -1, -2), runs.values, compute=compute)
+        runs = runs._replace(added=learned)
+
     def step(weights, now):
         run, fresh = now
-        errors = run.values
-        if isinstance(rule.bias, l2):
-            errors = errors - matmul(run.keys, weights, compute=compute)
+        errors = None
+        if learns_errors:
+            errors = run.values - matmul(run.keys, weights, compute=compute)
         kept = weights
         if restarts:
             kept = jnp.where(fresh[:, None, None, None], begin, kept)
         if run.kept is not None:
             kept = (run.kept[..., None] if run.kept.ndim == 3 else run.kept[..., None, None]) * kept
-        learned = matmul(jnp.swapaxes(run.writes, -1, -2), errors, compute=compute)
         if run.added is not None:
-            learned = learned + run.added
-        return kept + learned, (weights, errors)
+            kept = kept + run.added
+        if learns_errors:
+            kept = kept + matmul(jnp.swapaxes(run.writes, -1, -2), errors, compute=compute)
+        return kept, (weights, errors)
 
     (weights,) = state.weights
     weights, (before, errors) = jax.lax.scan(step, weights, (runs, document[:, :, -1] > 0))
+    if not learns_errors:
+        errors = runs.values
     y = matmul(runs.queries, before, compute=compute) + matmul(runs.scores, errors, compute=compute)
     if runs.begun is not None:
         y = y + runs.begun
@@ -143,10 +152,11 @@ def run(
 def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, compute, loss) -> Run:
     """The `Run` of one tile and head: q, k [C, K], v [C, V], gates [C] (retain also [C, K])."""
     dtype = begin.dtype
-    order = jnp.arange(live.shape[0])
-    same = document[:, None] == document[None, :]
-    lower = same & (order[:, None] >= order[None, :])
-    strict = same & (order[:, None] > order[None, :])
+    lower = jnp.tril(jnp.ones((live.shape[0],) * 2, bool))
+    strict = jnp.tril(lower, -1)
+    if restarts:
+        same = document[:, None] == document[None, :]
+        lower, strict = lower & same, strict & same
     lr = jnp.where(_beside(live, gates.lr), gates.lr, 0)
     retain = gates.retain
     if retain is not None:
@@ -155,6 +165,8 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
     wide_v = v.astype(dtype)
 
     learns_errors = isinstance(rule.bias, l2)
+    if not learns_errors:
+        wide_v, lr = lr[:, None] * wide_v, None
     after = rule.read == "after"
     asked, inclusive = (wide_q,), (after,)
     masks = [lower if after else strict]
@@ -167,11 +179,13 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
     form = _by_channel if retain is not None and retain.ndim == 2 else _by_head
     found = form(asked, rows, lr, retain, inclusive, document, compute)
     scores = [[jnp.where(m, s, 0) for m, s in zip(masks, by, strict=True)] for by in found.scores]
-    writes = [jnp.where(_beside(document == document[-1], w), w, 0) for w in found.writes]
+    writes = found.writes
+    if restarts:
+        writes = [jnp.where(_beside(document == document[-1], w), w, 0) for w in writes]
 
     queries, *asked = found.reads
     in_progress = (document == 0)[:, None]
-    begun, predicts, values, solved = None, None, wide_v, jnp.zeros_like(wide_k)
+    begun, predicts, values, solved = None, None, wide_v, None
     added = None
     if restarts:
         begun = matmul(jnp.where(in_progress, 0, queries), begin, compute=compute)
