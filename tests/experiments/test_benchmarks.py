@@ -251,7 +251,7 @@ def test_a_rule_beside_its_pytorch_reference(module):
         return {"tokens": 100, "seconds": seconds, "growth": growth}
 
     ours = {"flops": 4_000_000, "compile_seconds": 3.0, "loss": 2.0}
-    infos = {"chunkwise": ours, "recurrent": {}, "peer": {"loss": 2.0005}}
+    infos = {"chunkwise": ours, "recurrent": {}, "peer": {"loss": 2.0006}}
     samples = {
         "chunkwise": [sample(0.25, 10**6), sample(0.5, 2 * 10**6), sample(0.5, 2 * 10**6)],
         "recurrent": [sample(1.0, 0)],
@@ -260,12 +260,12 @@ def test_a_rule_beside_its_pytorch_reference(module):
     row = bench.row("retnet", 50, 2, infos, samples)
     assert (row["ratio"], row["operations"], row["memory"]) == (2, 40_000, 2 * 10**6)
     assert (row["peer"]["ratio"], row["peer"]["memory_ratio"]) == (4, 4)
-    assert row["peer"]["difference"] == pytest.approx(2.5e-4)
+    assert row["peer"]["difference"] == pytest.approx(3e-4)
     alone = bench.row("yaad", 50, 2, infos, {k: v for k, v in samples.items() if k != "peer"})
     assert "peer" not in alone
-    title, _, *lines = bench.show_peers([row, alone]).splitlines()
+    _title, _, *lines = bench.show_peers([row, alone]).splitlines()
     (cells,) = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells == ["retnet", "naive_chunk_simple_gla", "200", "50", "4.0", "2", "8", "2e-04"]
+    assert cells == ["retnet", "naive_chunk_simple_gla", "200", "50", "4.0", "2", "8", "3e-04"]
     assert len(bench.show([row, alone]).splitlines()) == 4
 
 
