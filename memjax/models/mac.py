@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from memjax import documents
+from memjax import documents, sharding
 from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary, shell
+from memjax.miras.forms.chunkwise import axes_of
 from memjax.miras.forms.remat import grouped_scan
 from memjax.models.combine import Combine
 from memjax.sharding import constrain
@@ -131,11 +133,23 @@ class MemoryAsContext(nnx.Module):
         tokens = self._tokens(x, state, segment_ids, positions)
         if x.shape[1] == 1:
             return self._piece(tokens, state)
-        if alone:
-            return self._by_segments(tokens, state)
-        inside = jnp.arange(x.shape[1]) % self.segment != 0
-        aligned = jnp.all(state.slot == 0) & ~jnp.any(tokens.new & inside)
-        return jax.lax.cond(aligned, self._by_segments, self._by_tokens, tokens, state)
+        rows, whole = PartitionSpec("batch"), PartitionSpec()
+        memory = NeuralMemoryState(axes_of(state.memory.memory), rows, rows)
+        states = MemoryAsContextState(memory, *[rows] * (len(state) - 1))
+        aligned = None
+        if not alone:  # of all rows: devices that share a row must take one path
+            inside = jnp.arange(x.shape[1]) % self.segment != 0
+            aligned = jnp.all(state.slot == 0) & ~jnp.any(tokens.new & inside)
+        # Each device goes through the segments of its own rows: the weights are gathered, and their
+        # gradients added up, once and not for every segment.
+        return sharding.on_each_device(
+            _read,
+            (self, tokens, state, aligned),
+            (whole, Tokens(rows, rows, rows, rows), states, whole),
+            (rows, states),
+            dims={"batch": x.shape[0]},
+            rest="compiler",
+        )
 
     def _tokens(self, x, state, segment_ids, positions) -> "Tokens":
         if positions is None:
@@ -245,6 +259,13 @@ class MemoryAsContext(nnx.Module):
         return jax.nn.dot_product_attention(
             constrain(q, HEADS), constrain(k, HEADS), constrain(v, HEADS), mask=mask[:, None]
         )
+
+
+def _read(layer: MemoryAsContext, tokens: "Tokens", state: MemoryAsContextState, aligned):
+    """Several tokens; `aligned`: whether segments begin where they should, None = they do."""
+    if aligned is None:
+        return layer._by_segments(tokens, state)
+    return jax.lax.cond(aligned, layer._by_segments, layer._by_tokens, tokens, state)
 
 
 class Tokens(NamedTuple):

@@ -11,19 +11,19 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from memjax.sharding.rules import RULES, spec
+from memjax.sharding.rules import RULES
 from memjax.typing import PyTree
 
 
 def sizes() -> dict[str, int]:
     """Devices along each axis of the mesh of `jax.set_mesh` that the compiler manages.
 
-    Empty without a mesh, on one device, and inside `jax.shard_map`.
+    Empty without a mesh, on one device, and inside `jax.shard_map` over all axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return {}
-    return dict(mesh.shape)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    found = {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}
+    return found if math.prod(found.values()) > 1 else {}
 
 
 def devices_along(name: str) -> int:
@@ -33,7 +33,13 @@ def devices_along(name: str) -> int:
 
 
 def on_each_device(
-    run: Callable, arguments: tuple, axes: PyTree, out_axes: PyTree, *, dims: dict[str, int]
+    run: Callable,
+    arguments: tuple,
+    axes: PyTree,
+    out_axes: PyTree,
+    *,
+    dims: dict[str, int],
+    rest: str = "each",
 ) -> PyTree:
     """`run(*arguments)`, each device with its rows, heads or tokens of them.
 
@@ -47,18 +53,34 @@ def on_each_device(
         out_axes: the same for the result.
         dims: size of each logical axis that is to be split; one that its devices do not divide
             stays whole, and so do names that are not here.
+        rest: what becomes of the axes of the mesh that nothing here is split over. "each": every
+            device along them computes the same. "compiler": they stay the compiler's, and `run` may
+            call this again for them.
 
     Returns:
         What `run` gives.
     """
+    mesh = sizes()
+    if not mesh:
+        return run(*arguments)
     split = {name for name, size in dims.items() if size % devices_along(name) == 0}
-    mesh = jax.sharding.get_abstract_mesh()
+    if rest == "compiler":
+        own = {axis for name in split for axis in RULES[name].activation}
+        if all(mesh.get(axis, 1) == 1 for axis in own):
+            return run(*arguments)
+        # A kernel's compiler wants all axes, also those of one device.
+        own = {axis for axis, size in mesh.items() if axis in own or size == 1}
+    else:
+        own = set(mesh)
 
     def of_mesh(leaf: PartitionSpec) -> PartitionSpec:
-        return spec(tuple(name if name in split else None for name in leaf), mesh)
+        names = tuple(name if name in split else None for name in leaf)
+        entries = ((RULES[name].activation if name else ()) for name in names)
+        return PartitionSpec(*(tuple(axis for axis in entry if axis in own) for entry in entries))
 
-    if not sizes():
-        return run(*arguments)
     is_leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     in_specs, out_specs = (jax.tree.map(of_mesh, x, is_leaf=is_leaf) for x in (axes, out_axes))
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
+    mapped = jax.shard_map(
+        run, in_specs=in_specs, out_specs=out_specs, axis_names=own, check_vma=False
+    )
+    return mapped(*arguments)

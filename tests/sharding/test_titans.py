@@ -11,6 +11,7 @@ from flax import nnx
 from memjax import sharding
 from memjax.models import LanguageModel
 from memjax.models.config import MemoryConfig
+from memjax.tpu import hlo
 from tests.models.toys import config_of, tokens_of
 
 MESHES = {
@@ -78,6 +79,25 @@ def test_loss_and_gradients_are_those_of_one_device(name, layout):
         # 2 heads over 2; 16 of dim over 2
         assert split["fast"].get_value().addressable_shards[0].data.shape == (1, 1, 8, 16)
         assert split["query"].get_value().addressable_shards[0].data.shape == (1, 8, 1, 8)
+
+
+def test_no_segment_waits_for_another_device():
+    """MAC on rows alone: what devices exchange stands outside of the loops, and is counted."""
+    graphdef, params, _ = on_one_device("mac")
+    mesh = sharding.make_mesh(data=8)
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    placed = jax.NamedSharding(mesh, sharding.spec(("batch", "time"), mesh, shape=(BATCH, TIME)))
+    with jax.set_mesh(mesh):
+        lowered = loss_of(graphdef).lower(params, *jax.device_put(inputs(), placed))
+    module = hlo.parse(lowered.compile().as_text())
+    found = [
+        (one.opcode, name == module.entry)
+        for name, computation in module.computations.items()
+        for one in computation
+        if one.opcode in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+    ]
+    assert 1 <= len(found) <= 4, found
+    assert all(outside for _, outside in found)
 
 
 @pytest.mark.parametrize("name", ["mac", "mag"])

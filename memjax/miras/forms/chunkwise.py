@@ -167,7 +167,7 @@ def trace(
             state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
         return y, surprises, state
 
-    tokens, states = PartitionSpec("batch", "time", "heads"), _split(state)
+    tokens, states = PartitionSpec("batch", "time", "heads"), axes_of(state)
     return sharding.on_each_device(
         share,
         (state, q, k, v, gates, segment_ids),
@@ -177,7 +177,7 @@ def trace(
     )
 
 
-def _split(state: State) -> State:
+def axes_of(state: State) -> State:
     """Which axes of a state are rows and heads."""
     rows, heads = PartitionSpec("batch"), PartitionSpec("heads")
     fast = PartitionSpec("batch", "heads")
