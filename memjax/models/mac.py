@@ -265,7 +265,9 @@ def _read(layer: MemoryAsContext, tokens: "Tokens", state: MemoryAsContextState,
     """Several tokens; `aligned`: whether segments begin where they should, None = they do."""
     if aligned is None:
         return layer._by_segments(tokens, state)
-    return jax.lax.cond(aligned, layer._by_segments, layer._by_tokens, tokens, state)
+    # What the way not taken would keep for the backward pass is filled with zeros: keep little.
+    by_tokens = jax.checkpoint(layer._by_tokens)
+    return jax.lax.cond(aligned, layer._by_segments, by_tokens, tokens, state)
 
 
 class Tokens(NamedTuple):
