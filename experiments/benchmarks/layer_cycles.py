@@ -111,7 +111,10 @@ def measure(args: argparse.Namespace, name: str, way: str) -> dict[str, Any]:
         schedules = kernels.schedules(traced.jaxpr, args.topology, chip)
     module, tokens = hlo.parse(compiled.as_text()), args.batch * args.tokens
     rest = sorted(costs.costs(module), key=lambda cost: -cost.cycles)
-    of_kernels = {key: one.cycles / tokens for key, one in schedules.items()}
+    of_kernels = dict.fromkeys(schedules, 0.0)
+    for cost in rest:
+        if cost.kernel:
+            of_kernels[cost.kernel] += schedules[cost.kernel].cycles * cost.times / tokens
     cycles = hlo.cycles(module) / tokens + sum(of_kernels.values())
     return {
         "layer": name,

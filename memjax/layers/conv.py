@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from memjax import documents
+from memjax import documents, sharding
 from memjax.layers.linear import fan_in_normal
 from memjax.typing import Array, Float, Int
+from pallas_kernels.short_convolution import misfit, short_convolution
 
 
 class ConvState(NamedTuple):
@@ -72,6 +74,7 @@ class CausalConv(nnx.Module):
         state: ConvState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        silu: bool = False,
     ) -> tuple[Float[Array, "B T E"], ConvState]:
         """Convolves x, going on from `state`.
 
@@ -79,6 +82,7 @@ class CausalConv(nnx.Module):
             x: [B, T, dim].
             state: what the tokens before left; None = `start(B)`.
             segment_ids: [B, T]; no output sees across a change. None = one document.
+            silu: whether SiLU follows, in the same kernel where there is one.
 
         Returns:
             [B, T, dim] in the dtype of x, and the state after the last token.
@@ -98,31 +102,42 @@ class CausalConv(nnx.Module):
                 f"use start({batch})"
             )
         place = documents.follow(segment_ids, state.segment, jnp.zeros_like(state.segment), time)
+        starts = None if segment_ids is None else documents.starts(segment_ids, state.segment)
+        y = self._convolve(x, state.inputs, starts, silu)
+
         past, before = self.width - 1, state.inputs.astype(wide)
-        weight = self.weight[...].astype(wide)
-        number = place.number  # what comes before the call belongs to document 0 of it
-
-        def back(z, steps, fill):
-            """Each token's z of so many steps earlier, `fill` before the call."""
-            pad = [(0, 0), (min(steps, time), 0)] + [(0, 0)] * (z.ndim - 2)
-            return jnp.pad(z[:, : max(time - steps, 0)], pad, constant_values=fill)
-
-        # Shifted as it comes, and the few tokens that see the state apart: no wide copy of x.
-        y = weight[0] * x.astype(wide)
-        early = jnp.zeros((batch, min(past, time), dim), wide)
-        for s in range(1, self.width):
-            term, seen = back(x, s, 0).astype(wide), before[:, past - s : past - s + time]
-            if segment_ids is not None:
-                term = jnp.where((back(number, s, -1) == number)[..., None], term, 0)
-                seen = jnp.where((number[:, : seen.shape[1]] == 0)[..., None], seen, 0)
-            y += weight[s] * term
-            early = early.at[:, : seen.shape[1]].add(weight[s] * seen)
-        y += jnp.pad(early, ((0, 0), (0, time - early.shape[1]), (0, 0)))
-
         inputs = jnp.concatenate([before, x[:, max(time - past, 0) :].astype(wide)], axis=1)
         history = inputs[:, inputs.shape[1] - past :]
         if segment_ids is not None:
-            number = jnp.pad(number[:, max(time - past, 0) :], ((0, 0), (past, 0)))
+            # what comes before the call belongs to document 0 of it
+            number = jnp.pad(place.number[:, max(time - past, 0) :], ((0, 0), (past, 0)))
             ours = number[:, number.shape[1] - past :] == place.number[:, -1:]
             history = jnp.where(ours[..., None], history, 0)
-        return y.astype(x.dtype), ConvState(history.astype(state.inputs.dtype), place.last)
+        return y, ConvState(history.astype(state.inputs.dtype), place.last)
+
+    def _convolve(self, x, before, starts, silu):
+        """By the kernel on TPU, where it takes the channels of a device and sees all tokens."""
+        weight, axis = self.weight[...], self.weight.get_metadata()["axes"][1]
+        dims = {"batch": x.shape[0]} | ({} if axis is None else {axis: self.dim})
+        along = 1 if axis is None else sharding.devices_along(axis)
+        channels = self.dim if self.dim % along else self.dim // along  # of a device
+        fits = misfit(x.dtype, channels, self.width) is None
+        fits &= sharding.devices_along("time") == 1
+        if x.shape[1] == 1 or sharding.platform() != "tpu" or not fits:
+            return short_convolution(
+                x, weight, before, starts=starts, silu=silu, implementation="xla"
+            )
+
+        def run(x, weight, before, starts):
+            return short_convolution(
+                x, weight, before, starts=starts, silu=silu, implementation="pallas"
+            )
+
+        tokens = PartitionSpec("batch", None, axis)
+        return sharding.on_each_device(
+            run,
+            (x, weight, before, starts),
+            (tokens, PartitionSpec(None, axis), tokens, PartitionSpec("batch")),
+            tokens,
+            dims=dims,
+        )

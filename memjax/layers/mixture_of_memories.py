@@ -214,7 +214,8 @@ class MixtureOfMemories(nnx.Module):
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""
         projections = (self.query, self.key, self.value)
-        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
-        q, k, v = map(jax.nn.silu, outputs)
+        (q, k, v), states = shell.project(
+            x, projections, self.convs, convs, segment_ids, silu=(True, True, True)
+        )
         q = (self.head_dim**-0.5 * unit(q)).astype(q.dtype)
         return q, unit(k), v, states

@@ -217,8 +217,9 @@ class NeuralMemory(nnx.Module):
     def _project(self, x, convs, segment_ids):
         """Queries and keys of x, not yet of unit length, values, and the convolutions' states."""
         projections = (self.query, self.key, self.value)
-        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
-        q, k, v = map(jax.nn.silu, outputs)
+        (q, k, v), states = shell.project(
+            x, projections, self.convs, convs, segment_ids, silu=(True, True, True)
+        )
         return q, k, v, states
 
     def _gates(self, x) -> miras.Gates:

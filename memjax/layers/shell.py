@@ -100,8 +100,9 @@ def project(
     states: Sequence[ConvState] | None,
     segment_ids: Int[Array, "B T"] | None,
     axes: Sequence[str | None] = ("heads", "heads", "heads"),
+    silu: Sequence[bool] = (False, False, False),
 ) -> tuple[list[Array], tuple[ConvState, ...]]:
-    """`conv_i(x W_i)` for every projection, split over the mesh by heads.
+    """`conv_i(x W_i)` for every projection, split over the mesh by heads; with or without SiLU.
 
     Args:
         x: [B, T, E].
@@ -110,17 +111,22 @@ def project(
         states: what the convolutions go on from; None = their starts.
         segment_ids: document of each token; no convolution sees across a change.
         axes: logical name of the heads of each projection.
+        silu: which of the outputs are activated.
     Returns:
-        The outputs [B, T, heads, channels], before any activation, and the convolutions' states.
+        The outputs [B, T, heads, channels], and the convolutions' states.
     """
     outputs, after = [], []
     for i, (projection, axis) in enumerate(zip(projections, axes, strict=True)):
         z = constrain(projection(x), ("batch", "time", axis, "kv"))
         if convs:
             before = None if states is None else states[i]
-            flat, state = convs[i](z.reshape(*x.shape[:2], -1), before, segment_ids=segment_ids)
+            flat, state = convs[i](
+                z.reshape(*x.shape[:2], -1), before, segment_ids=segment_ids, silu=silu[i]
+            )
             after.append(state)
             z = flat.reshape(z.shape)
+        elif silu[i]:
+            z = jax.nn.silu(z)
         outputs.append(z)
     return outputs, tuple(after)
 

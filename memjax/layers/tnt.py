@@ -209,6 +209,7 @@ class TNTMemory(nnx.Module):
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""
         projections = (self.query, self.key, self.value)
-        outputs, states = shell.project(x, projections, self.convs, convs, segment_ids)
-        q, k, v = map(jax.nn.silu, outputs)
+        (q, k, v), states = shell.project(
+            x, projections, self.convs, convs, segment_ids, silu=(True, True, True)
+        )
         return unit(q), unit(k), v, states

@@ -90,13 +90,24 @@ def costs(module: hlo.Module) -> list[Cost]:
     ]
 
 
+def kernel_name(instruction: str) -> str:
+    """What a kernel was named, of the name that its call has in a module.
+
+    kernel_name("transpose_jvp_doubled__.2") == "doubled"
+    """
+    name = re.sub(r"(\.(\d+|clone))+$", "", instruction)
+    while wrapped := re.match(r"(?:transpose|jvp|vmap)_(.*)_$", name):
+        name = wrapped[1]
+    return name
+
+
 def _cost(module: hlo.Module, one: hlo.Executed) -> Cost:
     what, times = one.instruction, one.times
     lines = module.by_name[one.computation]
     collective = _collective(module, lines, what)
     kernel = None
     if 'custom_call_target="tpu_custom_call"' in what.attributes:
-        kernel = re.sub(r"(\.(\d+|clone))+$", "", what.name)
+        kernel = kernel_name(what.name)
     if what.opcode == "fusion":
         flops = sum(hlo.flops(module, inner) for inner in what.called("calls"))
     else:

@@ -54,7 +54,7 @@ def short_convolution(
     if starts is not None and (starts.shape != x.shape[:2] or starts.dtype != jnp.bool_):
         raise ValueError(f"starts {starts.dtype}{starts.shape} must be bool{x.shape[:2]}")
     kernel = dispatch.kernel(implementation, interpret)
-    if kernel and (reason := misfit(x, weight.shape[0])) is not None:
+    if kernel and (reason := misfit(x.dtype, dim, weight.shape[0])) is not None:
         if implementation == "pallas" or interpret:
             raise ValueError(f'{reason}; use implementation="xla"')
         kernel = False
@@ -64,12 +64,12 @@ def short_convolution(
     return tpu.convolve(tpu.Plan(silu, interpret), x, weight, before, starts)
 
 
-def misfit(x: jax.Array, width: int) -> str | None:
-    """Why the kernel does not take x [B, T, E] with so many taps; None = it does."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the kernel takes float32 and bfloat16, not {x.dtype}"
-    if x.shape[2] % dispatch.LANES:
-        return f"{x.shape[2]} channels do not fill registers of {dispatch.LANES}"
+def misfit(dtype: Any, channels: int, width: int) -> str | None:
+    """Why the kernel does not take that dtype, channels of a device and taps; None = it does."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"the kernel takes float32 and bfloat16, not {jnp.dtype(dtype)}"
+    if channels % dispatch.LANES:
+        return f"{channels} channels do not fill registers of {dispatch.LANES}"
     if width - 1 > tpu.EDGE:
         return f"the kernel has up to {tpu.EDGE + 1} taps, not {width}"
     return None

@@ -210,7 +210,7 @@ def _sum(taps, weight, seen):
 
 
 def _sigmoid(z):
-    return 1.0 / (1.0 + jnp.exp(-z))
+    return 0.5 + 0.5 * jnp.tanh(0.5 * z)  # no division
 
 
 def _forward_kernel(plan: Plan, documents: bool, x_ref, edge_ref, weight_ref, *refs):
@@ -225,7 +225,7 @@ def _forward_kernel(plan: Plan, documents: bool, x_ref, edge_ref, weight_ref, *r
         y_ref[_rows(i), :] = (z * _sigmoid(z) if plan.silu else z).astype(y_ref.dtype)
         return x[STRIP - EDGE :]
 
-    lax.fori_loop(0, x_ref.shape[0] // STRIP, strip, edge_ref[...])
+    lax.fori_loop(0, x_ref.shape[0] // STRIP, strip, edge_ref[...], unroll=True)
 
 
 def _backward_kernel(
@@ -281,5 +281,5 @@ def _backward_kernel(
         return tuple(d[:EDGE] for d in ours), sums
 
     zeros = tuple(jnp.zeros((EDGE, x_ref.shape[1]), jnp.float32) for _ in range(width))
-    _, sums = lax.fori_loop(0, strips, strip, (tuple(below), zeros))
+    _, sums = lax.fori_loop(0, strips, strip, (tuple(below), zeros), unroll=True)
     by_weight_ref[...] += jnp.concatenate(sums)

@@ -99,6 +99,14 @@ def test_causality_isolation_and_documents_are_exact_zeros():
         assert (reach[b, t, c, s] > 0) == visible
 
 
+def test_silu_follows_where_it_is_asked_for():
+    layer, x, weight = setup()
+    y, state = layer(jnp.asarray(x, jnp.float32), silu=True)
+    z = convolve(x, weight)
+    close(y, z / (1 + np.exp(-z)))
+    jax.tree.map(close, state, layer(jnp.asarray(x, jnp.float32))[1])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_inputs(dtype):
     layer, x, weight = setup()

@@ -13,7 +13,7 @@ from flax import nnx
 from memjax import miras
 from memjax.layers import MatrixMemory, matrix_memory
 from memjax.layers.gates import GateHead, Gating
-from memjax.layers.matrix_memory.layer import FEATURES
+from memjax.layers.matrix_memory.layer import elu_plus_one
 from tests.contracts.scenes import float64, quick_jit
 from tests.layers import matrix_oracle as oracle
 from tests.oracles.titans import by_document
@@ -380,7 +380,7 @@ def test_parameters_name_their_axes():
 
 def test_linear_attention_keeps_small_features_in_bfloat16():
     """elu(x) + 1 is e^x below 0: beside 1 it would vanish from x = -6 on."""
-    feature, x = FEATURES["elu+1"], np.array([-20.0, -6.0, -1.0, 0.0, 2.0, 90.0])
+    feature, x = elu_plus_one, np.array([-20.0, -6.0, -1.0, 0.0, 2.0, 90.0])
     got = feature(jnp.asarray(x, jnp.bfloat16))
     want = np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-7)

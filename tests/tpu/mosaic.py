@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 
 from pallas_kernels import dispatch  # noqa: E402
 from pallas_kernels.blocks import Blocks  # noqa: E402
+from pallas_kernels.short_convolution import short_convolution  # noqa: E402
 from tests.pallas_kernels import affine  # noqa: E402
 
 DECAYS, DIMS = ("none", "head", "channel"), (64, 128, 256)
@@ -42,6 +43,25 @@ def main(topology: str, which: str) -> None:
         for kernel in (f"{op}_{decay}", f"{op}_{decay}_backward"):
             assert re.search(rf"{kernel}\b", text), f"{case}: no {kernel} in the program"
         print(case, flush=True)
+    for documents, dtype in itertools.product((True, False), ("float32", "bfloat16")):
+        shapes = ((2, 1000, 1280), dtype), ((4, 1280), "float32"), ((2, 3, 1280), "float32")
+        x, weight, before = (jax.ShapeDtypeStruct(*shape, sharding=everywhere) for shape in shapes)
+        starts = jax.ShapeDtypeStruct((2, 1000), bool, sharding=everywhere) if documents else None
+
+        def run(x, weight, before, starts):
+            y, pull = jax.vjp(
+                lambda *given: short_convolution(
+                    *given, starts=starts, silu=True, implementation="pallas"
+                ),
+                x, weight, before,
+            )  # fmt: skip
+            return y, pull(y)
+
+        with jax.set_mesh(mesh):
+            text = jax.jit(run).lower(x, weight, before, starts).compile().as_text()
+        for kernel in ("short_convolution", "short_convolution_backward"):
+            assert re.search(rf"{kernel}_*\b", text), f"no {kernel} in the program"
+        print(f"convolution-{dtype}-{documents}", flush=True)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,19 @@ def test_groups_of_devices(attributes, group):
     assert costs._group(attributes) == group
 
 
+@pytest.mark.parametrize(
+    ("instruction", "name"),
+    [
+        ("deep_memory_none_backward.12", "deep_memory_none_backward"),
+        ("jvp_short_convolution_.1", "short_convolution"),
+        ("transpose_jvp_short_convolution_backward__.1.clone", "short_convolution_backward"),
+        ("vmap_.3", "vmap_"),
+    ],
+)
+def test_a_kernel_is_told_by_its_own_name(instruction, name):
+    assert costs.kernel_name(instruction) == name
+
+
 def taps_by_loops(size, kernel, out, stride, low, dilate, spread):
     hits = 0
     padded = {low + i * dilate for i in range(size)}

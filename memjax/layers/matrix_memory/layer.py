@@ -1,6 +1,5 @@
 """The layer that the papers on matrix memories share, with what each of them chooses."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,12 +17,7 @@ from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
-FEATURES: dict[str, Callable[[Array], Array]] = {
-    "none": lambda x: x,
-    "silu": jax.nn.silu,
-    # elu(x) + 1 as it stands would lose exp(x) beside the 1, in bf16 all that is below 1/256
-    "elu+1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x))),
-}
+FEATURES = ("none", "silu", "elu+1")
 
 
 class MatrixMemoryState(NamedTuple):
@@ -124,6 +118,9 @@ class MatrixMemory(nnx.Module):
         self.rule, self.gates, self.features, self.rope_base = rule, gates, features, rope_base
         self.scale = head_dim**-0.5 if scale is None else scale
         self.unit_keys, self.key_heads, self.normalised = unit_keys, key_heads, normalised
+        # A memory that is linear in its query can scale its answer instead, and so leave the norms
+        # to the kernel; rotation keeps them.
+        self.unit_late = unit_keys and rule.structure.features is None
         self.gate_kind, self.gate_first = gate, gate_first
 
         self.key_axis = "heads" if key_heads > 1 else None
@@ -210,8 +207,11 @@ class MatrixMemory(nnx.Module):
         counted = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if self.normalised else v
         surprised = isinstance(self.rule.bias, miras.l2)
         m, surprise, memory = miras.trace(
-            self.rule, state.memory, q, k, counted, gates, segment_ids=segment_ids, loss=surprised
-        )
+            self.rule, state.memory, q, k, counted, gates, segment_ids=segment_ids, loss=surprised,
+            unit=self.unit_late,
+        )  # fmt: skip
+        if self.unit_late:
+            m = (self.scale * m).astype(m.dtype)
         if self.normalised:
             m = m[..., :-1] / (m[..., -1:] + 1e-6)
         if self.skip is not None:
@@ -224,18 +224,20 @@ class MatrixMemory(nnx.Module):
 
     def _project(self, x, convs, segment_ids, positions):
         """Queries, keys and values of x [B, T, H, .], and the convolutions' states."""
+        activated = self.features == "silu"
         (q, k, v), states = shell.project(
             x, (self.query, self.key, self.value), self.convs, convs, segment_ids,
             axes=(self.key_axis, self.key_axis, "heads"),
+            silu=(activated, activated, bool(self.convs)),
         )  # fmt: skip
         q, k = self._mapped(q, positions), self._mapped(k, positions)
-        v = jax.nn.silu(v) if self.convs else v
-        return (self.scale * q).astype(q.dtype), k, v, states
+        q = q if self.unit_late else (self.scale * q).astype(q.dtype)
+        return q, k, v, states
 
     def _mapped(self, z, positions):
         """Queries or keys as the memory takes them, repeated for each of the heads they serve."""
-        z = FEATURES[self.features](z)
-        z = unit(z) if self.unit_keys else z
+        z = elu_plus_one(z) if self.features == "elu+1" else z
+        z = unit(z) if self.unit_keys and not self.unit_late else z
         z = z if self.rope_base is None else rotary(z, positions, self.rope_base)
         z = jnp.repeat(z, self.heads // self.key_heads, axis=2)
         return constrain(z, ("batch", "time", "heads", "kv"))
@@ -259,3 +261,8 @@ def _gate(dim, outputs, gate, rank, rngs) -> Linear | None:
         return None
     inputs, axis = (dim, "embed") if rank is None else (rank, None)
     return Linear(inputs, outputs, axes=(axis, "heads", "kv"), rngs=rngs)
+
+
+def elu_plus_one(x: Array) -> Array:
+    """`elu(x) + 1`; as it stands it would lose exp(x) beside the 1, in bf16 all below 1/256."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
