@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from memjax import sharding
 from memjax.miras.precision import matmul
 from memjax.typing import Array, Float
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from pallas_kernels.newton_schulz import fits, newton_schulz
+from pallas_kernels.newton_schulz.reference import COEFFICIENTS
 
 
 def orthogonal(x: Float[Array, "*N I J"], steps: int = 5) -> Float[Array, "*N I J"]:
@@ -14,13 +15,25 @@ def orthogonal(x: Float[Array, "*N I J"], steps: int = 5) -> Float[Array, "*N I 
 
         X_0 = x / ||x||_F,   A = X X^T,   X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X
 
-    The products are on the side of the shorter axis; where x is 0, so is the result.
+    The products are on the side of the shorter axis; where x is 0, so is the result. On TPU a
+    kernel does all iterations in VMEM, its products in bf16 unless `jax.default_matmul_precision`
+    asks for more, as XLA would have them.
 
     Args:
         x: matrices.
         steps: number of iterations.
     Source: Muon (K. Jordan, 2024), whose coefficients trade exactness for speed.
     """
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    compute = jnp.float32 if exact else jnp.bfloat16
+    # What the compiler still splits over devices is no place for a kernel.
+    if (
+        sharding.platform() == "tpu"
+        and not sharding.compiler_axes()
+        and x.dtype in (jnp.float32, jnp.bfloat16)
+        and fits(x.shape[-2:], x.dtype, compute, steps)
+    ):
+        return newton_schulz(x, steps, compute=compute, implementation="pallas")
     turn = x.shape[-2] > x.shape[-1]
     x = _transposed(x) if turn else x
     square = jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)

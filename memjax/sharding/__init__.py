@@ -1,6 +1,6 @@
 """Meshes, the one table of logical axis rules, and placements made from it."""
 
-from memjax.sharding.manual import devices_along, on_each_device
+from memjax.sharding.manual import compiler_axes, devices_along, on_each_device
 from memjax.sharding.rules import (
     MESH_AXES,
     RULES,
@@ -18,6 +18,7 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "Rule",
+    "compiler_axes",
     "constrain",
     "constrain_params",
     "devices_along",

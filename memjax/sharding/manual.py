@@ -15,7 +15,7 @@ from memjax.sharding.rules import RULES
 from memjax.typing import PyTree
 
 
-def sizes() -> dict[str, int]:
+def compiler_axes() -> dict[str, int]:
     """Devices along each axis of the mesh of `jax.set_mesh` that the compiler manages.
 
     Empty without a mesh, on one device, and inside `jax.shard_map` over all axes.
@@ -27,8 +27,8 @@ def sizes() -> dict[str, int]:
 
 
 def devices_along(name: str) -> int:
-    """How many devices a logical axis of an activation is split over, see `sizes`."""
-    mesh = sizes()
+    """How many devices a logical axis of an activation is split over, see `compiler_axes`."""
+    mesh = compiler_axes()
     return math.prod(mesh.get(axis, 1) for axis in RULES[name].activation)
 
 
@@ -60,7 +60,7 @@ def on_each_device(
     Returns:
         What `run` gives.
     """
-    mesh = sizes()
+    mesh = compiler_axes()
     if not mesh:
         return run(*arguments)
     split = {name for name, size in dims.items() if size % devices_along(name) == 0}

@@ -1,5 +1,5 @@
 """Newton-Schulz orthogonalisation: `newton_schulz`; `reference` says what it computes."""
 
-from pallas_kernels.newton_schulz.op import newton_schulz
+from pallas_kernels.newton_schulz.op import fits, newton_schulz
 
-__all__ = ["newton_schulz"]
+__all__ = ["fits", "newton_schulz"]

@@ -14,6 +14,7 @@ def newton_schulz(
     x: jax.Array,
     steps: int = 5,
     *,
+    compute: Any = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -26,14 +27,16 @@ def newton_schulz(
     Args:
         x: matrices [..., I, J] in float32 or bfloat16, each orthogonalised for itself.
         steps: iterations, at least 1.
+        compute: dtype of the operands of products, float32 or bfloat16; None = x's.
         implementation: "pallas" (TPU), "xla", or None = "pallas" where the default backend is TPU.
         interpret: runs the kernel in Pallas' TPU interpreter, on any platform: True or
             `pltpu.InterpretParams(...)`.
 
     Returns:
-        [..., I, J] in x's dtype. Products take operands in x's dtype and sum in fp32; the iterates
-        are in fp32. The gradient needs x alone: the backward pass iterates again. Small matrices
-        share registers in the kernel, so that one that is not finite makes its neighbours nan.
+        [..., I, J] in x's dtype. Products take operands in `compute`, in fp32 exact to fp32, and
+        sum in fp32; the iterates are in fp32. The gradient needs x alone: the backward pass
+        iterates again. Small matrices share registers in the kernel, so that one that is not finite
+        makes its neighbours nan.
 
     Raises:
         ValueError: an argument that does not fit, by name.
@@ -45,14 +48,22 @@ def newton_schulz(
         raise ValueError(f"x {x.dtype} must be float32 or bfloat16")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps {steps!r} must be an integer of at least 1")
+    compute = jnp.dtype(x.dtype if compute is None else compute)
+    if compute not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"compute {compute} must be float32 or bfloat16")
     kernel = dispatch.kernel(implementation, interpret)
     if x.size == 0:
         return x
-    room = tpu.room(x.shape[-2:], x.dtype, steps)
-    if kernel and room > sequence.VMEM:
+    if kernel and not fits(x.shape[-2:], x.dtype, compute, steps):
+        room = tpu.room(x.shape[-2:], x.dtype, compute, steps)
         raise ValueError(
             f"x {x.dtype}{x.shape} with steps {steps} wants {room >> 20} MiB of VMEM a matrix, of"
             f' {sequence.VMEM >> 20}; use implementation="xla"'
         )
     interpret = pltpu.InterpretParams() if interpret is True else interpret
-    return tpu.orthogonal(tpu.Plan(steps, kernel, interpret), x)
+    return tpu.orthogonal(tpu.Plan(steps, compute, kernel, interpret), x)
+
+
+def fits(shape: tuple[int, ...], dtype: Any, compute: Any, steps: int) -> bool:
+    """Whether the kernel has room for a matrix of that shape."""
+    return tpu.room(shape, dtype, compute, steps) <= sequence.VMEM

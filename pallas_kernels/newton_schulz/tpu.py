@@ -39,11 +39,13 @@ class Plan(NamedTuple):
 
     Attributes:
         steps: iterations.
+        compute: dtype of the operands of products.
         kernel: whether to run the Pallas kernel, else `jax.lax.scan` over the same functions.
         interpret: False, or how Pallas interprets the kernel: `pltpu.InterpretParams()`.
     """
 
     steps: int
+    compute: Any
     kernel: bool
     interpret: Any = False
 
@@ -66,7 +68,7 @@ ROWS = 1024  # of all matrices of a step, that keep the matrix units busy: for 1
 LINE = 16_000  # cycles up to which the forward kernel is one straight line; the backward has twice
 
 
-def sizes(count: int, shape: tuple[int, int], dtype, steps: int) -> Sizes:
+def sizes(count: int, shape: tuple[int, int], dtype, compute, steps: int) -> Sizes:
     """As many matrices a step as keep the matrix units of a chip busy, in steps of equal size.
 
     From schedules compiled for v5p: between iterations of a loop the units run empty, for some 300
@@ -74,27 +76,29 @@ def sizes(count: int, shape: tuple[int, int], dtype, steps: int) -> Sizes:
     """
     short, long = sorted(shape)
     blocks = -(-short // LANES)
-    passes = 6 if jnp.dtype(dtype).itemsize > 2 else 1  # of the matrix unit, for a product in fp32
+    passes = (
+        6 if jnp.dtype(compute).itemsize > 2 else 1
+    )  # of the matrix unit, for a product in fp32
     together = LANES // long if short % 16 == 0 and LANES % long == 0 else 1
     most = ROWS // (max(short, 16) * blocks)
     most = (most if together == 1 else 2 * most) // (1 if passes == 1 else 4)
-    most = max(min(most, sequence.VMEM // 2 // room(shape, dtype, steps)), 1)
+    most = max(min(most, sequence.VMEM // 2 // room(shape, dtype, compute, steps)), 1)
     matrices = -(-count // -(-count // most))
     matrices = -(-matrices // together) * together
     cycles = 32 * passes * short * blocks * (2 * -(-long // LANES) + blocks) / LANES
     return Sizes(matrices, together, steps * matrices * cycles <= LINE)
 
 
-def room(shape: tuple[int, int], dtype, steps: int) -> int:
+def room(shape: tuple[int, int], dtype, compute, steps: int) -> int:
     """Bytes of VMEM that the backward kernel wants for a matrix, about."""
-    size = jnp.dtype(dtype).itemsize
+    size = jnp.dtype(compute).itemsize
     short, long = sorted(shape)
     given, whole, square = (
         -(-rows // 16) * 16 * -(-columns // LANES) * LANES
         for rows, columns in (shape, (short, long), (short, short))
     )
     spilled = 32 if size > 2 else 8  # a product in fp32 splits its operands
-    windows = 3 * 2 * size * given
+    windows = 3 * 2 * jnp.dtype(dtype).itemsize * given
     return windows + (8 + steps * size + spilled) * whole + (2 * steps * size + spilled) * square
 
 
@@ -168,7 +172,7 @@ def iterate_backward(by_next, x, gram, polynomial, work: Work) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def orthogonal(plan: Plan, x: jax.Array) -> jax.Array:
-    """Newton-Schulz of x [..., I, J], whose dtype the operands of products have."""
+    """Newton-Schulz of x [..., I, J]."""
     return (_forward_call if plan.kernel else _forward_scan)(plan, x)
 
 
@@ -208,12 +212,12 @@ def _scan(plan: Plan, x, work: Work):
 def _forward_scan(plan: Plan, given):
     shape = given.shape[-2:]
     x = given.reshape(-1, *shape).astype(jnp.float32)
-    _, last = _scan(plan, x, Work(given.dtype))
+    _, last = _scan(plan, x, Work(plan.compute))
     return _leave(last, shape).astype(given.dtype).reshape(given.shape)
 
 
 def _backward_scan(plan: Plan, given, by):
-    shape, work = given.shape[-2:], Work(given.dtype)
+    shape, work = given.shape[-2:], Work(plan.compute)
     x, by = (x.reshape(-1, *shape).astype(jnp.float32) for x in (given, by))
     xs, _ = _scan(plan, x, work)
 
@@ -225,10 +229,10 @@ def _backward_scan(plan: Plan, given, by):
 
 
 def _forward_call(plan: Plan, x):
-    shape, compute = x.shape[-2:], x.dtype
+    shape = x.shape[-2:]
 
     def kernel(cut, given, found, now):
-        work = Work(compute, cut.together)
+        work = Work(plan.compute, cut.together)
         x = given[...].astype(jnp.float32)
         now[...] = _enter(x * scale(x), shape, cut.together)
 
@@ -237,7 +241,7 @@ def _forward_call(plan: Plan, x):
             now[...] = iterate(x, symmetric(x, work)[1], work)
 
         lax.fori_loop(0, plan.steps, step, None, unroll=cut.unroll)
-        found[...] = _leave(now[...], shape, cut.together).astype(compute)
+        found[...] = _leave(now[...], shape, cut.together).astype(found.dtype)
 
     def scratch(whole, square):
         return (pltpu.VMEM(whole, jnp.float32),)
@@ -246,7 +250,7 @@ def _forward_call(plan: Plan, x):
 
 
 def _backward_call(plan: Plan, x, by):
-    shape, compute = x.shape[-2:], x.dtype
+    shape, compute = x.shape[-2:], plan.compute
 
     def kernel(cut, given, by, found, now, by_now, xs, grams, polynomials):
         work = Work(compute, cut.together)
@@ -272,7 +276,7 @@ def _backward_call(plan: Plan, x, by):
         by_now[...] = _enter(by[...].astype(jnp.float32), shape, cut.together)
         lax.fori_loop(0, plan.steps, back, None, unroll=cut.unroll)
         x, by_unit = given[...].astype(jnp.float32), _leave(by_now[...], shape, cut.together)
-        found[...] = scale_backward(x, by_unit).astype(compute)
+        found[...] = scale_backward(x, by_unit).astype(found.dtype)
 
     def scratch(whole, square):
         kept = ((plan.steps, *one) for one in (whole, square, square))
@@ -291,7 +295,7 @@ def _call(plan: Plan, kernel, name: str, scratch, *arrays):
     def run(*arrays):
         x, *_ = arrays
         count, shape = math.prod(x.shape[:-2]), x.shape[-2:]
-        cut = sizes(count, shape, x.dtype, plan.steps)
+        cut = sizes(count, shape, x.dtype, plan.compute, plan.steps)
         more = ((0, -count % cut.matrices), (0, 0), (0, 0))
         arrays = [jnp.pad(x.reshape(-1, *shape), more) for x in arrays]
         block = pl.BlockSpec((cut.matrices, *shape), lambda n: (n, 0, 0))

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from memjax import sharding
+from memjax.miras import newton_schulz as engine
+from memjax.miras.newton_schulz import orthogonal
 from pallas_kernels import sequence
 from pallas_kernels.newton_schulz import newton_schulz, reference, tpu
 
@@ -45,9 +48,9 @@ def draw(shape, dtype=jnp.float32, count=2):
     return [jnp.asarray(x, dtype) for x in np.random.default_rng(0).normal(size=(count, *shape))]
 
 
-def check(form, x, by, tolerance, steps=STEPS):
+def check(form, x, by, tolerance, steps=STEPS, **how):
     """Value and gradient of a form: the error of a matrix, by the norm of what it should be."""
-    y, pull = jax.vjp(lambda x: newton_schulz(x, steps, **FORMS[form]), x)
+    y, pull = jax.vjp(lambda x: newton_schulz(x, steps, **how, **FORMS[form]), x)
     (by_x,) = pull(by)
     for got, want in ((y, oracle(x, steps)), (by_x, oracle_pull(x, by, steps))):
         assert got.shape == x.shape
@@ -84,10 +87,44 @@ def test_bf16(form, shape):
     check(form, *draw(shape, jnp.bfloat16), bf16_tolerance(shape))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(24, 40), (3, 40, 24), (3, 16, 16)])
+def test_fp32_with_products_in_bf16(form, shape):
+    x, by = draw(shape)
+    check(form, x, by, bf16_tolerance(shape), compute="bfloat16")
+    with pytest.raises(AssertionError):
+        check(form, x, by, 1e-5, compute=jnp.bfloat16)
+    check(form, x.astype(jnp.bfloat16), by.astype(jnp.bfloat16), 2.0**-7, compute="float32")
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_the_engine_takes_it_on_tpu(monkeypatch, precision):
+    """Inside `vmap`, as a learner calls it, and not where the compiler still splits the program."""
+    x, by = draw((2, 3, 16, 24))
+    want, pull = jax.vjp(jax.vmap(jax.vmap(orthogonal)), x)
+    asked, op = [], engine.newton_schulz
+
+    def spied(x, steps, *, compute, implementation):
+        asked.append((jnp.dtype(compute).name, implementation))
+        return op(x, steps, compute=compute, interpret=True)
+
+    monkeypatch.setattr(engine, "newton_schulz", spied)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    with jax.default_matmul_precision(precision):
+        y, back = jax.vjp(jax.vmap(jax.vmap(orthogonal)), x)
+    assert asked == [("bfloat16" if precision is None else "float32", "pallas")]
+    tolerance = bf16_tolerance((16, 24)) if precision is None else 1e-4
+    np.testing.assert_allclose(y, want, atol=tolerance)
+    np.testing.assert_allclose(back(by)[0], pull(by)[0], atol=tolerance * np.abs(pull(by)[0]).max())
+    with jax.set_mesh(sharding.make_mesh(data=2, devices=jax.devices()[:2])):
+        jax.eval_shape(orthogonal, x)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (5, 64, 16), (1, 32, 64)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_small_matrices_side_by_side(shape, dtype):
-    assert tpu.sizes(shape[0], shape[1:], dtype, STEPS).together > 1
+    assert tpu.sizes(shape[0], shape[1:], dtype, dtype, STEPS).together > 1
     tolerance = 1e-5 if dtype == jnp.float32 else bf16_tolerance(shape)
     check("kernel", *draw(shape, dtype), tolerance)
 
@@ -108,7 +145,7 @@ def test_matrices_that_fill_no_step_and_loops(monkeypatch, unroll, shape):
 def test_a_batch_that_is_no_multiple():
     count = 5
     shape = (64, 136)
-    assert count % tpu.sizes(count, shape, jnp.float32, STEPS).matrices
+    assert count % tpu.sizes(count, shape, jnp.float32, jnp.float32, STEPS).matrices
     check("kernel", *draw((count, *shape)), 1e-5)
 
 
@@ -190,6 +227,7 @@ def test_no_matrices_are_no_matrices(shape):
         ({"x": jnp.zeros((2, 0, 3))}, r"x \(2, 0, 3\) must be"),
         ({"x": jnp.zeros((2, 3), jnp.float16)}, "x float16 must be float32 or bfloat16"),
         ({"x": jnp.zeros((2, 3), jnp.int32)}, "x int32 must be"),
+        ({"compute": jnp.float16}, "compute float16 must be"),
         ({"steps": 0}, "steps 0 must be"),
         ({"steps": True}, "steps True must be"),
         ({"implementation": "triton"}, "implementation 'triton' must be"),
@@ -202,13 +240,13 @@ def test_bad_arguments_are_refused_by_name(change, message):
         newton_schulz(**{"x": jnp.zeros((2, 3, 4))} | change)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("float32",) * 2, ("float32", "bfloat16")])
 @pytest.mark.parametrize("count", [1, 7, 64, 1000])
-def test_steps_are_full_and_fit(dtype, count):
+def test_steps_are_full_and_fit(dtypes, count):
     for short in (1, 16, 48, 64, 128, 200, 256, 512):
         for shape in ((short, short), (short, 512), (512, short)):
-            matrices, together, _ = tpu.sizes(count, shape, dtype, STEPS)
+            matrices, together, _ = tpu.sizes(count, shape, *dtypes, STEPS)
             assert matrices % together == 0
             assert 1 <= matrices < count + together
             assert -count % matrices < together * -(-count // matrices)
-            assert matrices * tpu.room(shape, dtype, STEPS) <= sequence.VMEM
+            assert matrices * tpu.room(shape, *dtypes, STEPS) <= sequence.VMEM
