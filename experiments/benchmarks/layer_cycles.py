@@ -10,6 +10,7 @@ table, what takes the most of the rest, and writes JSON.
 """
 
 import argparse
+import inspect
 import os
 import sys
 from typing import Any
@@ -31,6 +32,8 @@ NOTES = """\
 * kernels: the part of them that Pallas kernels take; of their matrix units, the share of slots
   that are taken."""
 MOST = 8  # operations that are listed
+# Rules of `miras.zoo` in a `NeuralMemory`; with features of degree 1, where they have some.
+DEEP = ("ttt_mlp", "moneta", "yaad", "memora", "dla", "swdt", "omega_net", "atlas", "lact")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,11 +67,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=harness.positive, default=4096)
     add("--dim", type=harness.positive, default=1024)
     add("--heads", type=harness.positive, default=8)
-    add("--chunk", type=harness.positive, default=64, help="of the neural memory")
-    add("--expansion", type=harness.positive, default=4, help="of the neural memory")
+    add("--chunk", type=harness.positive, default=64, help="of the deep memories")
+    add("--expansion", type=harness.positive, default=4, help="of the deep memories")
     add("--out", default="runs/benchmarks/layer_cycles.json")
     args = made.parse_args(argv)
-    known = ["neural_memory", *matrix_memory.__all__[2:]]
+    known = ["neural_memory", *DEEP, *matrix_memory.__all__[2:]]
     for name in args.layers:
         if name not in known:
             made.error(f"--layers: {name!r} is none of {', '.join(known)}")
@@ -82,8 +85,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, name: str) -> nnx.Module:
-    if name == "neural_memory":
-        rule = miras.zoo.titans(chunk=args.chunk, expansion=args.expansion)
+    if name in ("neural_memory", *DEEP):
+        make = getattr(miras.zoo, "titans" if name == "neural_memory" else name)
+        taken = inspect.signature(make).parameters
+        options = {"chunk": args.chunk, "expansion": args.expansion, "degree": 1}
+        rule = make(**{key: value for key, value in options.items() if key in taken})
         return NeuralMemory(args.dim, args.heads, rule=rule, rngs=nnx.Rngs(0))
     head = args.dim // args.heads
     return getattr(matrix_memory, name)(args.dim, args.heads, head, rngs=nnx.Rngs(0))
