@@ -256,9 +256,11 @@ class MemoryAsContext(nnx.Module):
                 jnp.concatenate([jnp.broadcast_to(p, (batch, *p.shape[1:])), z], axis=1)
                 for p, z in ((self.key(prefix), k), (self.value(prefix), v))
             )
-        return jax.nn.dot_product_attention(
-            constrain(q, HEADS), constrain(k, HEADS), constrain(v, HEADS), mask=mask[:, None]
+        # Scores are computed again in the backward pass, and not kept for every segment.
+        attend = jax.checkpoint(
+            lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         )
+        return attend(*(constrain(z, HEADS) for z in (q, k, v)), mask)
 
 
 def _read(layer: MemoryAsContext, tokens: "Tokens", state: MemoryAsContextState, aligned):
