@@ -51,7 +51,7 @@ class CausalConv(nnx.Module):
     ):
         if dim < 1 or width < 1:
             raise ValueError(f"CausalConv dim {dim} and width {width} must be at least 1")
-        self.dim, self.width = dim, width
+        self.dim, self.width, self.axis_name = dim, width, axis_name
         weight = fan_in_normal(rngs.params(), (width, dim), width)
         self.weight = nnx.Param(weight, axes=("conv", axis_name))
 
@@ -117,7 +117,7 @@ class CausalConv(nnx.Module):
 
     def _convolve(self, x, before, starts, silu):
         """By the kernel on TPU, where it takes the channels of a device and sees all tokens."""
-        weight, axis = self.weight[...], self.weight.get_metadata()["axes"][1]
+        weight, axis = self.weight[...], self.axis_name
         dims = {"batch": x.shape[0]} | ({} if axis is None else {axis: self.dim})
         along = 1 if axis is None else sharding.devices_along(axis)
         channels = self.dim if self.dim % along else self.dim // along  # of a device

@@ -81,13 +81,9 @@ def _edges(x, block: int, before, after: bool):
     blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
     if after:
         rows = blocks[:, 1:, :EDGE].astype(jnp.float32)
-        return jnp.concatenate([rows, jnp.zeros_like(rows[:, :1]) if rows.size else _none(x)], 1)
+        return jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
     first = jnp.pad(before.astype(jnp.float32), ((0, 0), (EDGE - before.shape[1], 0), (0, 0)))
     return jnp.concatenate([first[:, None], blocks[:, :-1, -EDGE:].astype(jnp.float32)], axis=1)
-
-
-def _none(x):
-    return jnp.zeros((x.shape[0], 1, EDGE, x.shape[2]), jnp.float32)
 
 
 def _since(starts):
