@@ -21,6 +21,8 @@ def compiler_axes() -> dict[str, int]:
     Empty without a mesh, on one device, and inside `jax.shard_map` over all axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     found = {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}
     return found if math.prod(found.values()) > 1 else {}
