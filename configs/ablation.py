@@ -4,10 +4,10 @@ What:     the paper's ablation, of the long-term memory alone (LMM), in configs/
           in turn a linear memory, no convolution, momentum, decay, or persistent tokens.
 Command:  python experiments/compare.py --config=configs/ablation.py
 Hardware: two CPU cores, a few minutes for each run.
-Result:   bits per byte, mean of three seeds: 2.449 in full, 2.388 linear, 3.159 no convolution, 2.429
-          no momentum, 2.467 no decay, 2.477 no persistent tokens; seeds differ by up to 0.07. But
-          for the convolution not the paper's order of perplexities: 27.01 in full, 28.49 linear,
-          28.73 no convolution, 28.98 no momentum, 29.04 no decay (docs/performance.md).
+Result:   bits per byte, mean of three seeds: 2.449 in full, 2.388 linear, 3.159 no convolution,
+          2.429 no momentum, 2.467 no decay, 2.477 no persistent tokens; seeds differ by up to
+          0.07. Not the paper's order of perplexities: 27.01 in full, 28.49 linear, 28.73 no
+          convolution, 28.98 no momentum, 29.04 no decay (docs/performance.md).
 
 Variants: `:full`, `:linear`, `:no_conv`, `:no_momentum`, `:no_decay`, `:no_persistent`, and each
 with `_smoke` for a run of seconds; `:smoke` is `:full_smoke`. Parameters are not made equal: each
