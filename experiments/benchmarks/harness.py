@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -122,6 +123,33 @@ def serve(build: Callable[[dict], tuple[dict, Callable[..., dict]]]) -> None:
     replies.write(json.dumps(info) + "\n")
     for line in sys.stdin:
         replies.write(json.dumps(answer(**json.loads(line))) + "\n")
+
+
+def timed(step: Callable[[], Any], tokens: int, watched: "Memory") -> Callable[..., dict]:
+    """The answer of a child that measures speed and memory.
+
+    Args:
+        step: what is timed; it returns when it is done.
+        tokens: that a step reads.
+        watched: memory since before the first step.
+    Returns:
+        `answer(steps=n)`, which gives steps, tokens, seconds and the memory so far.
+    """
+
+    def answer(steps: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        seconds = time.perf_counter() - began
+        return {
+            "steps": steps,
+            "tokens": steps * tokens,
+            "seconds": seconds,
+            "growth": watched.growth(),
+            "largest": largest(),
+        }
+
+    return answer
 
 
 def alternate(

@@ -52,20 +52,10 @@ def build(spec: dict):
         raise FloatingPointError("memjax: loss or gradients are not finite")
     del results
 
-    def answer(steps: int) -> dict:
-        began = time.perf_counter()
-        for _ in range(steps):
-            jax.block_until_ready(compiled(params, x, weights))
-        seconds = time.perf_counter() - began
-        return {
-            "steps": steps,
-            "tokens": steps * spec["batch"] * spec["tokens"],
-            "seconds": seconds,
-            "growth": watched.growth(),
-            "largest": harness.largest(),
-        }
+    def run():
+        jax.block_until_ready(compiled(params, x, weights))
 
-    return info, answer
+    return info, harness.timed(run, spec["batch"] * spec["tokens"], watched)
 
 
 def product_rate(n: int) -> float:

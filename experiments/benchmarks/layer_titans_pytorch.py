@@ -3,8 +3,6 @@
 Needs torch and titans-pytorch, and nothing of memjax.
 """
 
-import time
-
 import harness
 
 
@@ -59,20 +57,10 @@ def build(spec: dict):
     }
     del gradients, loss
 
-    def answer(steps: int) -> dict:
-        began = time.perf_counter()
-        for _ in range(steps):
-            step(x, weights)
-        seconds = time.perf_counter() - began
-        return {
-            "steps": steps,
-            "tokens": steps * spec["batch"] * spec["tokens"],
-            "seconds": seconds,
-            "growth": watched.growth(),
-            "largest": harness.largest(),
-        }
+    def run():
+        step(x, weights)
 
-    return info, answer
+    return info, harness.timed(run, spec["batch"] * spec["tokens"], watched)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,10 @@ def build(spec: dict):
         raise FloatingPointError(f"{spec['rule']}: loss or gradients are not finite")
     del results
 
-    def answer(steps: int) -> dict:
-        began = time.perf_counter()
-        for _ in range(steps):
-            jax.block_until_ready(compiled(*arguments))
-        seconds = time.perf_counter() - began
-        return {
-            "tokens": steps * spec["batch"] * spec["tokens"],
-            "seconds": seconds,
-            "growth": watched.growth(),
-        }
+    def run():
+        jax.block_until_ready(compiled(*arguments))
 
-    return info, answer
+    return info, harness.timed(run, spec["batch"] * spec["tokens"], watched)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ memjax. Its kernels, which are Triton's, need a GPU.
 """
 
 import importlib
-import time
 
 import harness
 
@@ -94,18 +93,7 @@ def build(spec: dict):
     }
     del gradients, loss
 
-    def answer(steps: int) -> dict:
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        seconds = time.perf_counter() - began
-        return {
-            "tokens": steps * spec["batch"] * spec["tokens"],
-            "seconds": seconds,
-            "growth": watched.growth(),
-        }
-
-    return info, answer
+    return info, harness.timed(step, spec["batch"] * spec["tokens"], watched)
 
 
 if __name__ == "__main__":

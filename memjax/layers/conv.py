@@ -123,16 +123,16 @@ class CausalConv(nnx.Module):
         channels = self.dim if self.dim % along else self.dim // along  # of a device
         fits = misfit(x.dtype, channels, self.width) is None
         fits &= sharding.devices_along("time") == 1
-        if x.shape[1] == 1 or sharding.platform() != "tpu" or not fits:
-            return short_convolution(
-                x, weight, before, starts=starts, silu=silu, implementation="xla"
-            )
+        kernel = x.shape[1] > 1 and sharding.platform() == "tpu" and fits
 
         def run(x, weight, before, starts):
             return short_convolution(
-                x, weight, before, starts=starts, silu=silu, implementation="pallas"
-            )
+                x, weight, before, starts=starts, silu=silu,
+                implementation="pallas" if kernel else "xla",
+            )  # fmt: skip
 
+        if not kernel:
+            return run(x, weight, before, starts)
         tokens = PartitionSpec("batch", None, axis)
         return sharding.on_each_device(
             run,

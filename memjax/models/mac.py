@@ -145,7 +145,7 @@ class MemoryAsContext(nnx.Module):
         return sharding.on_each_device(
             _read,
             (self, tokens, state, aligned),
-            (whole, Tokens(rows, rows, rows, rows), states, whole),
+            (whole, rows, states, whole),
             (rows, states),
             dims={"batch": x.shape[0]},
             rest="compiler",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from memjax.sharding.rules import RULES
+from memjax.sharding.rules import RULES, resolve
 from memjax.typing import PyTree
 
 
@@ -76,9 +76,8 @@ def on_each_device(
         own = set(mesh)
 
     def of_mesh(leaf: PartitionSpec) -> PartitionSpec:
-        names = tuple(name if name in split else None for name in leaf)
-        entries = ((RULES[name].activation if name else ()) for name in names)
-        return PartitionSpec(*(tuple(axis for axis in entry if axis in own) for entry in entries))
+        resolved = resolve([name if name in split else None for name in leaf], "activation")
+        return PartitionSpec(*(tuple(axis for axis in axes if axis in own) for axes in resolved))
 
     is_leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     in_specs, out_specs = (jax.tree.map(of_mesh, x, is_leaf=is_leaf) for x in (axes, out_axes))

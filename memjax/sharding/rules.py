@@ -116,7 +116,7 @@ def _sizes(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _resolve(axes: Axes, column: str) -> list[tuple[str, ...]]:
+def resolve(axes: Axes, column: str) -> list[tuple[str, ...]]:
     """Mesh axes of each dimension, in full; raises on unknown names and collisions."""
     used: dict[str, str] = {}
     resolved = []
@@ -159,7 +159,7 @@ def spec(
       ValueError: an unknown logical name, two dimensions on one mesh axis, a number of axes that is
         not that of the dimensions, or a dimension that the mesh does not divide.
     """
-    resolved = _resolve(axes, "parameter")
+    resolved = resolve(axes, "parameter")
     if shape is not None and len(shape) != len(axes):
         raise ValueError(f"{name} has shape {tuple(shape)} but the axes {tuple(axes)}")
     entries = []
@@ -220,7 +220,7 @@ def constrain(x: Array, axes: Axes) -> Array:
 def _constrain(x: Array, axes: Axes, column: str, name: str) -> Array:
     if len(axes) != x.ndim:
         raise ValueError(f"{name} has shape {x.shape} but the axes {tuple(axes)}")
-    resolved = _resolve(axes, column)
+    resolved = resolve(axes, column)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -76,9 +76,7 @@ def sizes(count: int, shape: tuple[int, int], dtype, compute, steps: int) -> Siz
     """
     short, long = sorted(shape)
     blocks = -(-short // LANES)
-    passes = (
-        6 if jnp.dtype(compute).itemsize > 2 else 1
-    )  # of the matrix unit, for a product in fp32
+    passes = 6 if jnp.dtype(compute).itemsize > 2 else 1  # of the matrix unit: fp32 takes six
     together = LANES // long if short % 16 == 0 and LANES % long == 0 else 1
     most = ROWS // (max(short, 16) * blocks)
     most = (most if together == 1 else 2 * most) // (1 if passes == 1 else 4)

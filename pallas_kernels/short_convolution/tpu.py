@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import sequence
 from pallas_kernels.dispatch import LANES
 from pallas_kernels.short_convolution import reference
 
@@ -95,14 +96,10 @@ def _since(starts):
 
 def _specs(block: int, channels: int, width: int, count: int):
     """Block specs of tokens, edges and weights in the grid (rows, channels, blocks)."""
-
-    def spec(shape, index):
-        return pl.BlockSpec(shape, index)
-
-    tokens = spec((None, block, channels), lambda b, e, n: (b, n, e))
-    edges = spec((None, None, EDGE, channels), lambda b, e, n: (b, n, 0, e))
-    weight = spec((width, channels), lambda b, e, n: (0, e))
-    strips = spec((None, None, count, STRIP), lambda b, e, n: (b, n, 0, 0))
+    tokens = pl.BlockSpec((None, block, channels), lambda b, e, n: (b, n, e))
+    edges = pl.BlockSpec((None, None, EDGE, channels), lambda b, e, n: (b, n, 0, e))
+    weight = pl.BlockSpec((width, channels), lambda b, e, n: (0, e))
+    strips = pl.BlockSpec((None, None, count, STRIP), lambda b, e, n: (b, n, 0, 0))
     return tokens, edges, weight, strips
 
 
@@ -128,7 +125,7 @@ def _call(kernel, name, plan, x, block, channels, *, last: str, **how):
         name=name,
         interpret=plan.interpret,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", last), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", last), vmem_limit_bytes=sequence.VMEM
         ),
         **how,
     )
