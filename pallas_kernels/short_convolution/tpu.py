@@ -77,14 +77,18 @@ def _cut(length: int) -> int:
     return min(BLOCK, -(-length // STRIP) * STRIP)
 
 
-def _edges(x, block: int, before, after: bool):
-    """The `EDGE` rows before (or after) every block, [B, N, EDGE, E] in fp32."""
+def _above(x, block: int, before):
+    """The `EDGE` rows before every block, [B, N, EDGE, E] in fp32."""
     blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
-    if after:
-        rows = blocks[:, 1:, :EDGE].astype(jnp.float32)
-        return jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
     first = jnp.pad(before.astype(jnp.float32), ((0, 0), (EDGE - before.shape[1], 0), (0, 0)))
     return jnp.concatenate([first[:, None], blocks[:, :-1, -EDGE:].astype(jnp.float32)], axis=1)
+
+
+def _below(x, block: int):
+    """The `EDGE` rows after every block, zeros after the last, [B, N, EDGE, E] in fp32."""
+    blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
+    rows = blocks[:, 1:, :EDGE].astype(jnp.float32)
+    return jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
 
 
 def _since(starts):
@@ -114,7 +118,7 @@ def _prepared(x, weight, before, starts):
     if starts is not None:
         since = jnp.pad(_since(starts), ((0, 0), (0, more)), constant_values=EDGE)
         since = since.reshape(x.shape[0], -1, block // STRIP, STRIP).astype(jnp.float32)
-    return block, channels, more, x, _edges(x, block, before, after=False), since
+    return block, channels, more, x, _above(x, block, before), since
 
 
 def _call(kernel, name, plan, x, block, channels, *, last: str, **how):
@@ -149,7 +153,7 @@ def _backward(plan: Plan, x, weight, before, starts, by):
     length, width = x.shape[1], weight.shape[0]
     block, channels, more, x, edges, since = _prepared(x, weight, before, starts)
     by = jnp.pad(by.astype(x.dtype), ((0, 0), (0, more), (0, 0)))
-    later = _edges(x, block, before, after=True), _edges(by, block, before, after=True)
+    later = _below(x, block), _below(by, block)
     documents = []
     if since is not None:
         first = since[:, 1:, :1, :EDGE]  # of the rows after each block

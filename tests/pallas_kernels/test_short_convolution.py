@@ -1,5 +1,7 @@
 """The short convolution: loops in float64, what XLA runs, and the interpreted kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,18 +121,18 @@ def test_a_document_at_the_first_token_sees_nothing_before():
         assert not by_before.any()
 
 
-@pytest.mark.parametrize("fault", ["edge", "mask", "later"])
-def test_the_check_can_fail(monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("_above", lambda right, *given: 0 * right(*given)),
+        ("_below", lambda right, *given: 0 * right(*given)),
+        ("_seen", lambda right, since, width: [None] * width),
+    ],
+)
+def test_the_check_can_fail(monkeypatch, name, broken):
     """Blocks that do not see their neighbours, and taps that see across documents."""
     monkeypatch.setattr(tpu, "BLOCK", 16)
-    if fault == "mask":
-        monkeypatch.setattr(tpu, "_seen", lambda since, width: [None] * width)
-    else:
-        edges = tpu._edges
-        monkeypatch.setattr(
-            tpu, "_edges",
-            lambda *given, after: edges(*given, after=after) * (after != (fault == "later")),
-        )  # fmt: skip
+    monkeypatch.setattr(tpu, name, functools.partial(broken, getattr(tpu, name)))
     with pytest.raises(AssertionError):
         check("kernel", draw(documents=True))
 
