@@ -4,7 +4,8 @@ What:     two layers of dimension 128 on the embedded corpus; a global memory of
           one of chunk 32 that begins anew every 64 tokens.
 Command:  python experiments/chunks.py      (both stages, three seeds, and the curve)
 Hardware: two CPU cores, a few minutes each.
-Result:   not run in full yet: no number is claimed.
+Result:   held-out bits per byte at local chunks 2 and 32 (means of three seeds): 2.577 and 2.569
+          after stage 1, 2.548 and 2.547 after stage 2; docs/architectures/tnt.md has the curve.
 
 Variants: `:smoke`, for a run of seconds. The rate never falls below a tenth of its peak, so that
 stage 2, which goes on where stage 1 ended, still learns.
