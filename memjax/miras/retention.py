@@ -7,6 +7,7 @@ than the squared distance leaves between the sum of gradients and the weights (m
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ class Retention:
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         """The weights W of what was accumulated, matrix by matrix."""
         return a
+
+    def answer(
+        self, product: Callable, x: Float[Array, "C I"], a: Float[Array, "I O"]
+    ) -> Float[Array, "C O"]:
+        """`product(x, link(a))`, for one matrix, with the fewest passes over it."""
+        return product(x, self.link(a))
 
     def close(
         self, a: Float[Array, "*N I O"], begin: Float[Array, "*#N I O"]
@@ -127,13 +134,21 @@ class lq(_Linked):
             raise ValueError(f"lq q {self.q!r} must be above 1")
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
+        return a * self._scale(a)
+
+    def answer(
+        self, product: Callable, x: Float[Array, "C I"], a: Float[Array, "I O"]
+    ) -> Float[Array, "C O"]:
+        return product(x, a) * self._scale(a)
+
+    def _scale(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N 1 1"]:
         # By the largest entry, so that no power leaves the range of the dtype.
         most = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
         most = jax.lax.stop_gradient(jnp.maximum(most, EPSILON))
         total = jnp.sum(
             (jnp.square(a / most) + EPSILON**2) ** (self.q / 2), (-2, -1), keepdims=True
         )
-        return a * (most * total ** (1 / self.q)) ** (2 - self.q)
+        return (most * total ** (1 / self.q)) ** (2 - self.q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +179,15 @@ class simplex(_Linked):
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         return self.total * jax.nn.softmax(a / self.temperature, axis=-2)
+
+    def answer(
+        self, product: Callable, x: Float[Array, "C I"], a: Float[Array, "I O"]
+    ) -> Float[Array, "C O"]:
+        # The sums by the product's own unit, with the numerators.
+        a = a / self.temperature
+        shares = jnp.exp(a - jax.lax.stop_gradient(jnp.max(a, axis=-2)))
+        both = product(jnp.concatenate([x, jnp.ones_like(x[:1])]), shares)
+        return self.total * both[:-1] / both[-1:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ taken at W', so they come from one pass over all tokens, as the inputs and signa
 loop goes through the tokens with one set of weights in hand.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,12 +29,21 @@ def run(
     learned: dual.Learned,
     gates,
     live: Bool[Array, " C"],
-    document: Int[Array, " C"],
+    document: Int[Array, " C"] | None,
 ):
-    """One run of one head: (y [C, V], loss [E], base, weights, momentum), see `dual`."""
+    """One run of one head: (y [C, V], loss [E], base, weights, momentum), see `dual`.
+
+    `document` None: all tokens are of one.
+    """
     compute, dtype = q.dtype, accumulation_dtype(base[0].dtype)
-    first = jnp.diff(document, prepend=document[:1] - 1) != 0
-    anchor, retain = None, gates.retain
+    first = jnp.arange(q.shape[0]) == 0
+    if document is not None:
+        first = jnp.diff(document, prepend=document[:1] - 1) != 0
+    # Tokens that are not live have no gradient, and keep weights and momentum.
+    anchor, retain, eta = None, gates.retain, gates.momentum
+    lr = jnp.where(live, gates.lr, 0)
+    if eta is not None:
+        eta = jnp.where(live, eta, 1)
     if retain is not None:
         retain = jnp.where(live.reshape(-1, *[1] * (retain.ndim - 1)), retain, 1)
         if rule.retention.first:
@@ -41,42 +52,44 @@ def run(
     linked = tuple(rule.retention.link(w) for w in base)
     loss, inputs, signals = dual.capture(rule, linked, back, slow, learned, anchor, compute)
     band = dual.shares(rule, gates, learned, live)
+    if band is None:
+        signals = tuple(jnp.where(live[:, None], d, 0) for d in signals)
+    else:
+        band = jnp.where(live[:, None], band, 0)
 
     def gradient(t):
         """Of token t, matrix by matrix."""
+        if band is None:
+            return tuple(_outer(x[t], d[t]) for x, d in zip(inputs, signals, strict=True))
+        share = jax.lax.dynamic_slice_in_dim(band[t], t, rule.learner.window)[:, None]
         found = []
         for x, d in zip(inputs, signals, strict=True):
-            if band is None:
-                x, d = x[t][None], d[t][None]
-            else:
-                x, d = (jax.lax.dynamic_slice_in_dim(z, t, rule.learner.window) for z in (x, d))
-                share = jax.lax.dynamic_slice_in_dim(band[t], t, rule.learner.window)
-                d = share[:, None] * d
-            found.append(matmul(x.T, d, compute=compute))
+            x, d = (jax.lax.dynamic_slice_in_dim(z, t, rule.learner.window) for z in (x, d))
+            found.append(matmul(x.T, share * d, compute=compute))
         return tuple(found)
 
     def decayed(gate, now):
         return tuple(dual.kept(gate, w, w_0) for w, w_0 in zip(now, back, strict=True))
 
-    def choose(which, yes, no):
-        return jax.tree.map(lambda yes, no: jnp.where(which, yes, no), yes, no)
-
     def token(carry, t):
-        held, moving = choose(first[t], (weights, velocity), carry)
-        lr = gates.lr[t]
-        eta = None if gates.momentum is None else gates.momentum[t]
-        new_moving, change = rule.learner.update(moving, gradient(t), lr, eta)
-        written = jax.tree.map(
-            jnp.add, decayed(None if retain is None else retain[t], held), change
+        if document is not None:
+            begun = (weights, velocity)
+            carry = jax.tree.map(lambda yes, no: jnp.where(first[t], yes, no), begun, carry)
+        held, moving = carry
+        moving, change = rule.learner.update(
+            moving, gradient(t), lr[t], None if eta is None else eta[t]
         )
+        kept = decayed(None if retain is None else retain[t], held)
+        written = tuple(w + live[t] * c for w, c in zip(kept, change, strict=True))
         taken = decayed(None if anchor is None else anchor[t], base)
         seen = {"after": written, "before": held, "chunk": taken}[rule.read]
         seen = scaled(taken, seen, None if gates.scale is None else gates.scale[t])
-        seen = tuple(rule.retention.link(w) for w in seen)
-        y = rule.structure.forward(
-            lambda i, x: matmul(x, seen[i], compute=compute), slow, q[t][None].astype(dtype)
-        )
-        return choose(live[t], (written, new_moving), (held, moving)), y[0]
+
+        def linear(i, x):
+            return rule.retention.answer(functools.partial(_product, compute), x, seen[i])
+
+        y = rule.structure.forward(linear, slow, q[t][None].astype(dtype))
+        return (written, moving), y[0]
 
     token = jax.checkpoint(token, prevent_cse=False)
     (held, moving), y = jax.lax.scan(token, (weights, velocity), jnp.arange(q.shape[0]))
@@ -94,7 +107,7 @@ def gather(
     learned: dual.Learned,
     gates,
     live: Bool[Array, " C"],
-    document: Int[Array, " C"],
+    document: Int[Array, " C"] | None,
 ):
     """As `run`, for a learner that acts at the ends of chunks: inside one, the memory is W'."""
     compute, dtype = q.dtype, accumulation_dtype(base[0].dtype)
@@ -102,7 +115,7 @@ def gather(
     none = (None,) * len(base)
     loss, inputs, signals = dual.capture(rule, linked, none, slow, learned, None, compute)
     band = dual.shares(rule, gates, learned, live)
-    own = live & (document == document[-1])
+    own = live if document is None else live & (document == document[-1])
     lr = jnp.where(own, gates.lr, 0)
     lr = lr if band is None else lr @ band
     total = tuple(
@@ -113,3 +126,40 @@ def gather(
         lambda i, x: matmul(x, linked[i], compute=compute), slow, q.astype(dtype)
     )
     return y, loss, base, weights, velocity
+
+
+@jax.custom_vjp
+def _outer(x: Float[Array, " I"], d: Float[Array, " O"]) -> Float[Array, "I O"]:
+    """`x d^T`, whose derivative is two products, not two reductions."""
+    return x[:, None] * d
+
+
+def _outer_forward(x, d):
+    return _outer(x, d), (x, d)
+
+
+def _outer_backward(operands, by):
+    x, d = operands
+    return by @ d, x @ by
+
+
+_outer.defvjp(_outer_forward, _outer_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(compute, x: Float[Array, "C I"], w: Float[Array, "I O"]) -> Float[Array, "C O"]:
+    """`x w`, whose derivative by w is not made the other way round."""
+    return matmul(x, w, compute=compute)
+
+
+def _product_forward(compute, x, w):
+    return _product(compute, x, w), (x, w)
+
+
+def _product_backward(compute, operands, by):
+    x, w = operands
+    by_x = matmul(by, w.T, compute=compute)
+    return by_x.astype(x.dtype), matmul(x.T, by, compute=compute).astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)

@@ -380,8 +380,8 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
 
     What follows from the gates alone is put together for all of them before the loop.
     """
-    document = jnp.zeros_like(tiles.live, jnp.int32)
     if dual.fits(rule):
+        document = jnp.zeros_like(tiles.live, jnp.int32)
         plans = jax.vmap(_plan(rule))(tiles.gates, tiles.learned, tiles.live, document)
     else:
         plans = None
@@ -396,7 +396,7 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
         if whole:
             carry = carry._replace(base=carry.weights)
         if plan is None:
-            y, loss, *written = _run(rule, state, carry, tile, tile.live, document[0])
+            y, loss, *written = _run(rule, state, carry, tile, tile.live, None)
         else:
             loss, inputs, signals, *written = _write(rule, state, carry, tile, plan)
             y = _read(rule, state, carry, tile, inputs, signals, plan)
