@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.typing import Array, Float
 
 SMOOTH = 1e-6  # added under the roots of |r| and ||r||, which have a derivative at 0 so
@@ -78,10 +79,8 @@ class lp(Bias):
     sharpness: float = 10.0
 
     def __post_init__(self):
-        if not self.p >= 1 or not self.sharpness > 0:
-            raise ValueError(
-                f"lp p {self.p} must be at least 1, sharpness {self.sharpness} above 0"
-            )
+        checks.real("lp p", self.p, least=1.0)
+        checks.real("lp sharpness", self.sharpness, above=0.0)
 
     def loss(self, y: Float[Array, "*N V"], v: Float[Array, "*N V"]) -> Float[Array, "*N"]:
         return jnp.sum((jnp.square(y - v) + SMOOTH) ** (self.p / 2), axis=-1)
@@ -118,8 +117,7 @@ class huber(Bias):
     def __post_init__(self):
         if self.kind not in ("coordinate", "norm", "switch"):
             raise ValueError(f'huber kind {self.kind!r} must be "coordinate", "norm" or "switch"')
-        if not self.sharpness > 0:
-            raise ValueError(f"huber sharpness {self.sharpness} must be above 0")
+        checks.real("huber sharpness", self.sharpness, above=0.0)
 
     def loss(
         self, y: Float[Array, "*N V"], v: Float[Array, "*N V"], threshold: Float[Array, "*N"]

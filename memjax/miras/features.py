@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.miras import checks
 from memjax.typing import Array, Float
 
 UNIT_EPSILON = 1e-6
@@ -55,8 +56,7 @@ class polynomial(Features):
     degree: int = 2
 
     def __post_init__(self):
-        if not isinstance(self.degree, int) or self.degree < 1:
-            raise ValueError(f"polynomial degree {self.degree!r} must be an integer of at least 1")
+        checks.whole("polynomial degree", self.degree)
 
     def dim(self, dim_k: int) -> int:
         return math.comb(dim_k + self.degree, self.degree)
@@ -116,8 +116,7 @@ class dpfp(Features):
     nu: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.nu, int) or self.nu < 1:
-            raise ValueError(f"dpfp nu {self.nu!r} must be an integer of at least 1")
+        checks.whole("dpfp nu", self.nu)
 
     def dim(self, dim_k: int) -> int:
         return 2 * dim_k * self.nu

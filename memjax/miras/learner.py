@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.miras.bias import Bias, l2
 from memjax.miras.newton_schulz import orthogonal
 from memjax.miras.products import prefix_products, segment_products
@@ -212,7 +213,7 @@ class normal_equations(gd):
     solves = True
 
     def __post_init__(self):
-        _at_least_one("normal_equations steps", self.steps)
+        checks.whole("normal_equations steps", self.steps)
 
     def start(self, weights: PyTree) -> PyTree:
         (w,) = weights
@@ -241,7 +242,7 @@ class muon(momentum):
     linear = False
 
     def __post_init__(self):
-        _at_least_one("muon steps", self.steps)
+        checks.whole("muon steps", self.steps)
 
     def update(
         self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
@@ -292,8 +293,7 @@ class chunk_muon(Learner):
     closes = True
 
     def __post_init__(self):
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"chunk_muon steps {self.steps!r} must be an integer of at least 0")
+        checks.whole("chunk_muon steps", self.steps, least=0)
 
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
         if retention.needs_retain:
@@ -345,7 +345,7 @@ class omega(Learner):
     step: Learner = dataclasses.field(default_factory=momentum)
 
     def __post_init__(self):
-        _at_least_one("omega window", self.window)
+        checks.whole("omega window", self.window)
         if not isinstance(self.step, Learner) or isinstance(
             self.step, omega | delta_gd | implicit | exchange | normal_equations
         ):
@@ -405,8 +405,3 @@ def _online_matrix(
             f"chunk 1 alone, not for {structure}, {bias}, {retention} and chunk {chunk}: "
             "use gd() or momentum()"
         )
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {value!r} must be an integer of at least 1")

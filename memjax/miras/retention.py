@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.typing import Array, Float
 
 EPSILON = 1e-6
@@ -130,8 +131,7 @@ class lq(_Linked):
     q: float = 4.0
 
     def __post_init__(self):
-        if not self.q > 1:
-            raise ValueError(f"lq q {self.q!r} must be above 1")
+        checks.real("lq q", self.q, above=1.0)
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         return a * self._scale(a)
@@ -172,10 +172,8 @@ class simplex(_Linked):
     total: float = 1.0
 
     def __post_init__(self):
-        if not (self.temperature > 0 and self.total > 0):
-            raise ValueError(
-                f"simplex temperature {self.temperature} and total {self.total} must be above 0"
-            )
+        checks.real("simplex temperature", self.temperature, above=0.0)
+        checks.real("simplex total", self.total, above=0.0)
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         return self.total * jax.nn.softmax(a / self.temperature, axis=-2)
@@ -207,8 +205,7 @@ class elastic_net(_Linked):
     threshold: float = 0.1
 
     def __post_init__(self):
-        if not self.threshold > 0:
-            raise ValueError(f"elastic_net threshold {self.threshold} must be above 0")
+        checks.real("elastic_net threshold", self.threshold, above=0.0)
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         return a * jnp.arctan(jnp.sqrt(jnp.square(a) + EPSILON**2) / self.threshold) * (2 / jnp.pi)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.miras.bias import Bias
 from memjax.miras.learner import Learner
 from memjax.miras.precision import accumulation_dtype
@@ -136,8 +137,7 @@ class Rule:
             if not isinstance(part, kind):
                 hint = f"; write {part.__name__}()" if isinstance(part, type) else ""
                 raise TypeError(f"Rule {name} {part!r} is not a {kind.__name__}{hint}")
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"Rule chunk {self.chunk!r} must be an integer of at least 1")
+        checks.whole("Rule chunk", self.chunk)
         if self.read == "chunk" and (self.learner.solves or self.learner.exchanges):
             raise ValueError(
                 f'Rule read "chunk" is not there for {self.learner}, which has chunks of one token:'
@@ -149,6 +149,8 @@ class Rule:
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         """Learned initial memory W_0, no batch axis; `jax.vmap` over keys adds a heads axis."""
+        checks.whole("dim_k", dim_k)
+        checks.whole("dim_v", dim_v)
         return self.structure.init(key, dim_k, dim_v)
 
 
@@ -166,8 +168,9 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         ValueError: weights that are not this rule's, or `heads` that contradicts them.
     """
     plain = fits(rule, weights.fast, weights.slow)
-    if batch < 1 or (heads is not None and heads < 1):
-        raise ValueError(f"batch {batch} and heads {heads} must be at least 1")
+    checks.whole("batch", batch)
+    if heads is not None:
+        checks.whole("heads", heads)
     axes = weights.fast[0].ndim - plain.fast[0].ndim
     if axes not in (0, 1):
         raise ValueError(
@@ -184,13 +187,21 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
 
 
 def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
-    """Raises ValueError where these are not weights of the rule; else the shapes of small ones."""
+    """Raises ValueError where these are not weights of the rule; else their shapes in `init`."""
     plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), 2, 2))
     if len(plain.fast) != len(fast) or plain.slow.keys() != slow.keys():
         raise ValueError(
             f"there are {len(fast)} fast and {sorted(slow)} slow weights, but {rule.structure} has "
             f"{len(plain.fast)} and {sorted(plain.slow)}: use rule.init and miras.start of this "
             "rule"
+        )
+    dims = rule.structure.key_dim(fast), fast[-1].shape[-1]
+    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), *dims))
+    found = [w.shape[-2:] for w in fast]
+    if found != [w.shape for w in plain.fast]:
+        raise ValueError(
+            f"the fast weights are {found}, but {rule.structure} has "
+            f"{[w.shape for w in plain.fast]}: use rule.init and miras.start of this rule"
         )
     return plain
 
@@ -206,8 +217,9 @@ def begin_from(rule: Rule, state: State, batch: int) -> State:
         state: the state of a single row.
         batch: number of rows of the new state.
     Raises:
-        ValueError: a state of more than one row.
+        ValueError: a state of more than one row, or a batch below 1.
     """
+    checks.whole("batch", batch)
     if state.place.shape[0] != 1:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
     begin = Begin(state.weights, state.momentum)

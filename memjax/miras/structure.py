@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.miras.features import Features
 from memjax.miras.precision import matmul
 from memjax.typing import Array, Float, Key
@@ -170,8 +171,7 @@ class _Deep(Structure):
     def __post_init__(self):
         super().__post_init__()
         name = type(self).__name__
-        if self.expansion < 1:
-            raise ValueError(f"{name} expansion {self.expansion!r} must be at least 1")
+        checks.whole(f"{name} expansion", self.expansion)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"{name} activation {self.activation!r} must be one of {', '.join(ACTIVATIONS)}"
@@ -228,7 +228,7 @@ class mlp(_Deep):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.depth not in (1, 2, 3, 4):
+        if isinstance(self.depth, bool | float) or self.depth not in (1, 2, 3, 4):
             raise ValueError(f"mlp depth {self.depth!r} must be 1, 2, 3 or 4")
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:

@@ -77,6 +77,22 @@ def test_what_is_not_finite_in_any_input_stays_in_its_document(step, form):
         assert_close(after, last, 1e-6)
 
 
+def test_a_state_in_a_longer_chunk_ends_it_at_the_next_token():
+    """As a chunk that is made smaller finds it; both forms alike."""
+    long, short = (miras.zoo.titans(depth=1, chunk=chunk) for chunk in (8, 4))
+    state, q, k, v, gates = scene(long)
+    cut = lambda x, where: jax.tree.map(lambda x: x[:, where], x)  # noqa: E731
+    _, state = miras.recurrent(long, state, *cut((q, k, v, gates), slice(6)))
+    rest = cut((q, k, v, gates), slice(6, None))
+    y, after = miras.chunkwise(short, state, *rest)
+    y_2, after_2 = miras.recurrent(short, state, *rest)
+    assert_close((y, after), (y_2, after_2), 1e-5)
+    assert after.place.tolist() == [1, 1]  # 1 + 4 + 1 tokens
+    _, one = miras.step(short, state, *cut(rest, slice(1)))
+    assert one.place.tolist() == [0, 0]
+    assert_close(one.base, one.weights, 0)
+
+
 def test_forms_agree_where_queries_are_narrower_than_keys():
     state, q, k, v, gates = scene(RULE)
     q = q.astype(jnp.bfloat16)
@@ -94,7 +110,18 @@ def test_states_of_another_rule_and_integers_are_refused(form):
         form(miras.zoo.titans(depth=1, norm=False, residual=False), state, q, k, v, gates)
     with pytest.raises(ValueError, match="fast"):
         form(miras.zoo.titans(depth=2), state, q, k, v, gates)
+    wide = miras.zoo.titans(depth=2, expansion=3, chunk=4)
+    other = miras.start(wide, wide.init(jax.random.key(0), DIM, DIM), BATCH)
+    with pytest.raises(ValueError, match=r"\(4, 12\), \(12, 4\).* has .*\(4, 8\), \(8, 4\)"):
+        form(miras.zoo.titans(depth=2, expansion=2, chunk=4), other, q, k, v, gates)
+    with pytest.raises(Exception, match=r"gates.lr must be an array|type"):
+        form(RULE, state, q, k, v, gates._replace(lr=None))
+    for ids in ([[1] * TIME] * BATCH, jnp.ones((BATCH, TIME))):
+        with pytest.raises(Exception, match=r"segment_ids must be an array of integers|type"):
+            form(RULE, state, q, k, v, gates, segment_ids=ids)
     with pytest.raises((ValueError, TypeError)):  # in tests the type check comes first
         form(RULE, state, q.astype(int), k, v, gates)
+    with pytest.raises(ValueError, match="keys of dim 4, but q has 2"):
+        miras.read(RULE, state, q[..., :2])
     with pytest.raises(ValueError, match="heads 0"):
         miras.start(RULE, RULE.init(jax.random.key(0), DIM, DIM), BATCH, heads=0)

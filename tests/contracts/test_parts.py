@@ -186,6 +186,7 @@ def test_lq_2_is_decay():
     ("make", "what"),
     [
         (lambda: miras.lp(0.5), "lp p 0.5"),
+        (lambda: miras.lp(float("inf")), "lp p inf must be a finite number of at least 1"),
         (lambda: miras.lp(3.0, sharpness=0.0), "sharpness 0.0"),
         (lambda: miras.huber("soft"), "huber kind 'soft'"),
         (lambda: miras.huber(sharpness=-1.0), "huber sharpness"),
@@ -193,7 +194,8 @@ def test_lq_2_is_decay():
         (lambda: miras.taylor_exp(0), "degree 0"),
         (lambda: miras.dpfp(0), "dpfp nu 0"),
         (lambda: miras.decay(to="start"), "decay to 'start'"),
-        (lambda: miras.lq(1.0), "lq q 1.0"),
+        (lambda: miras.lq(1.0), "lq q 1.0 must be a finite number above 1"),
+        (lambda: miras.lq(float("nan")), "lq q nan"),
         (lambda: miras.simplex(temperature=0.0), "temperature 0.0"),
         (lambda: miras.simplex(total=-1.0), "total -1.0"),
         (lambda: miras.elastic_net(0.0), "elastic_net threshold 0.0"),
@@ -203,6 +205,7 @@ def test_lq_2_is_decay():
         (lambda: miras.omega(2, miras.omega(2)), "omega step"),
         (lambda: miras.omega(2, miras.implicit()), "omega step"),
         (lambda: miras.gated_mlp(expansion=0), "gated_mlp expansion 0"),
+        (lambda: miras.zoo.delta_net().init(jax.random.key(0), 0, 4), "dim_k 0 must be"),
         (lambda: miras.gated_mlp(activation="tanh"), "gated_mlp activation 'tanh'"),
         (lambda: miras.vector().init(jax.random.key(0), 3, 4), "dim_k 3"),
         (
@@ -213,6 +216,24 @@ def test_lq_2_is_decay():
 )
 def test_what_parts_refuse(make, what):
     with pytest.raises(ValueError, match=what):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: miras.mlp(expansion=1.5),
+        lambda: miras.mlp(expansion=True),
+        lambda: miras.mlp(depth=2.0),
+        lambda: miras.mlp(depth=True),
+        lambda: miras.polynomial(True),
+        lambda: miras.zoo.titans(chunk=True),
+        lambda: miras.lp("3"),
+        lambda: miras.lq(True),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(make):
+    with pytest.raises(Exception, match=r"must be|type"):  # in tests the type check may come first
         make()
 
 

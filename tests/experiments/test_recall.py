@@ -175,6 +175,21 @@ def test_damaged_files_are_named(tmp_path, text):
     assert os.listdir(os.path.dirname(one.path)) == [os.path.basename(one.path)], "before any work"
 
 
+@pytest.mark.parametrize("accuracy", [None, "0.5", float("nan"), 1.5])
+def test_results_that_are_no_share_are_named(tmp_path, accuracy):
+    run(tmp_path, lrs=(1e-2,))
+    (file,) = (tmp_path / "runs" / "parity").iterdir()
+    content = json.loads(file.read_text())
+    content["result"]["accuracy"] = accuracy
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file.name} is not the result of a run"):
+        run(tmp_path, lrs=(1e-2,))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=f"{file.name} is not the result of a run .IsADirectory"):
+        run(tmp_path, lrs=(1e-2,))
+
+
 def record(accuracy, **changes):
     values = {"accuracy": accuracy, "exact": accuracy / 2, "loss": 1.0, "rows": 8, "steps": 2}
     values |= {"seconds": 1.0, "diverged": None, "parameters": 10, "state_bytes": 100}
@@ -224,7 +239,14 @@ def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypa
             r"tasks.permutations: the test has 7 tokens, training 3",
         ),
         ({"seeds": 3}, r"seeds must be a tuple of different numbers.*config.seeds='\(1,\)'"),
+        ({"seeds": (True,)}, r"seeds must be"),
+        (
+            {"seeds": (2**70,)},
+            r"each at least 0 and at most 4294967295, got",
+        ),
         ({"lrs": (1e-3, 1e-3)}, r"lrs must be a tuple of different numbers"),
+        ({"lrs": (float("inf"),)}, r"lrs must be"),
+        ({"models": {"x": None}}, r"models.x must be a mapping of LanguageModelConfig's fields"),
         ({"dims": (0,)}, r"each at least 1"),
         ({"train": {"lr": 1e-3}}, r"unknown key train.lr"),
         ({"score": {"row": 3}}, r"unknown key score.row: did you mean 'rows'"),
@@ -243,6 +265,10 @@ def test_parts_of_a_sweep_by_name():
     assert [(cell.task_name, cell.model_name) for cell in grid.cells] == [("parity", "b")]
     with pytest.raises(ValueError, match=r"no model 'c': valid keys: a, b"):
         sweep.read(values, only_models=["c"])
+    with pytest.raises(ValueError, match=r"none of the models was chosen: there are a, b"):
+        sweep.read(values, only_models=[])
+    near = sweep.read(config(lrs=(0.01, 0.0100000001)))
+    assert len({one.path for one in near.runs("x")}) == 2
 
 
 @pytest.mark.parametrize("variant", ["mqar", "joint", "copying", "parity", "s5", "niah", "smoke"])

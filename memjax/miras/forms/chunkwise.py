@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from memjax import documents, sharding
-from memjax.miras import features
+from memjax.miras import checks, features
 from memjax.miras.forms import by_token, dual, kernels, linear, normal, shards
-from memjax.miras.forms.inputs import check
+from memjax.miras.forms.inputs import check, in_chunk
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
@@ -80,6 +80,9 @@ def chunkwise(
             and what one group computes: None = as few as keep those states within 8 times the size
             of keys and values (memory is linear in T), 0 = recompute nothing. The closed form
             keeps a state a tile whatever it says.
+
+    What is not finite in a token reaches, besides its document from there on, the other tokens of
+    its tile in the closed forms (`recurrent`: it does not); never another row.
     Returns:
         (y [B, T, H, V] in q's dtype, the state after the last token)
     Raises:
@@ -139,10 +142,14 @@ def trace(
     affine (`linear.fits`), its tokens (`shards`). All other arguments are those of `chunkwise`.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
+    state = in_chunk(rule, state)
     closed = rule.learner.solves or linear.fits(rule, gates)
     if block is None:
         block = linear.BLOCK if closed else _default_block(rule)
-    if block < 1 or (block > rule.chunk and not closed):
+    checks.whole("block", block)
+    if remat is not None:
+        checks.whole("remat", remat, least=0)
+    if block > rule.chunk and not closed:
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
     if kernels.wanted(rule, state, q, v, gates, implementation, loss=loss):
         run = functools.partial(_by_kernel, aligned=aligned, unit=unit, interpret=interpret)

@@ -47,6 +47,9 @@ def check(
         raise ValueError(
             f"the memory maps dim {dim_k} to {dim_v}, but k has {k.shape[3]} and v {v.shape[3]}"
         )
+    for name, gate in gates._asdict().items():
+        if (gate is None and name == "lr") or not (gate is None or hasattr(gate, "shape")):
+            raise ValueError(f"gates.{name} must be an array, got {gate!r}")
     retain = rule.retention.factors(gates.retain)
     if rule.learner.needs_momentum and gates.momentum is None:
         raise ValueError("gates.momentum is None, but learner=momentum() needs it")
@@ -92,12 +95,20 @@ def check(
                 )
             continue
         raise ValueError(f"gates.{name} has shape {gate.shape}, must be {k.shape[:3]}")
-    if segment_ids is not None and segment_ids.shape != k.shape[:2]:
-        raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {k.shape[:2]}")
+    if segment_ids is not None:
+        if not jnp.issubdtype(getattr(segment_ids, "dtype", None), jnp.integer):
+            raise ValueError(f"segment_ids must be an array of integers, got {segment_ids!r}")
+        if segment_ids.shape != k.shape[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}, must be {k.shape[:2]}")
     dtype = accumulation_dtype(state.weights[0].dtype)
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
     gates = Gates(*cast)
     return gates._replace(lr=rule.learner.rates(gates.lr, k))
+
+
+def in_chunk(rule: Rule, state: State) -> State:
+    """The state, which may have begun a longer chunk: its next token then ends that."""
+    return state._replace(place=jnp.minimum(state.place, rule.chunk - 1))
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memjax import documents
 from memjax.miras.forms import normal
-from memjax.miras.forms.inputs import check
+from memjax.miras.forms.inputs import check, in_chunk
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -56,6 +56,7 @@ def recurrent(
         ValueError: an argument that does not fit, by name.
     """
     gates = check(rule, state, q, k, v, gates, segment_ids)
+    state = in_chunk(rule, state)
     tokens = _tokens(state, q, k, v, gates, segment_ids)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
 
@@ -84,6 +85,7 @@ def step(
     if k.ndim == 4 and k.shape[1] != 1:
         raise ValueError(f"step takes one token, got {k.shape[1]}: use chunkwise")
     gates = check(rule, state, q, k, v, gates, segment_ids)
+    state = in_chunk(rule, state)
     token = jax.tree.map(lambda x: x[:, 0], _tokens(state, q, k, v, gates, segment_ids))
     carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = _write_and_read(rule, state, carry, token)
@@ -105,6 +107,8 @@ def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "
         raise ValueError(
             f"q has shape {q.shape}, but the state is for batch {batch} and heads {heads}"
         )
+    if q.shape[3] != (dim := rule.structure.key_dim(state.weights)):
+        raise ValueError(f"the memory has keys of dim {dim}, but q has {q.shape[3]}")
     if rule.learner.solves:
         y = jnp.moveaxis(q, 1, 2)
         y = normal.read(rule, state.weights, state.momentum, state.slow, y, q.dtype)

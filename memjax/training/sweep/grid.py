@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ _SECTIONS = {
 NAMED = ("tasks", "models")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 _FIXED = ("vocab", "dim")
+MOST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Run(NamedTuple):
     def name(self) -> str:
         """How lines of progress call it."""
         cell = self.cell
-        return f"{cell.task_name} {cell.model_name} d{cell.dim} s{self.seed} lr {self.lr:g}"
+        return f"{cell.task_name} {cell.model_name} d{cell.dim} s{self.seed} lr {self.lr}"
 
     def identity(self) -> dict[str, Any]:
         """Everything that its result depends on, as JSON gives it back."""
@@ -116,7 +118,7 @@ class Sweep:
 
 
 def _file(cell: Cell, seed: int, lr: float) -> str:
-    return f"{cell.model_name}-d{cell.dim}-s{seed}-lr{lr:g}.json"
+    return f"{cell.model_name}-d{cell.dim}-s{seed}-lr{lr}.json"
 
 
 def complete(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
@@ -192,6 +194,11 @@ def read(
     for task_name, settings in _chosen("tasks", values["tasks"], only_tasks).items():
         described, task, test = _tasks(task_name, settings)
         for model_name, fields in _chosen("models", values["models"], only_models).items():
+            if not isinstance(fields, Mapping):
+                raise ValueError(
+                    f"models.{model_name} must be a mapping of LanguageModelConfig's fields, got"
+                    f" {fields!r}"
+                )
             for dim in grid["dims"]:
                 merged = config_lib.merge(values["model"], fields)
                 model = _model(model_name, merged, dim, task, test)
@@ -204,9 +211,14 @@ def read(
 def _distinct(name: str, values: Any, kinds: Any) -> tuple:
     least = {"dims": 1, "seeds": 0, "lrs": 0}[name]
     good = isinstance(values, tuple) and values and len(set(values)) == len(values)
-    if not good or not all(isinstance(v, kinds) and v >= least for v in values):
+    most = {"seeds": MOST_SEED}.get(name, math.inf)
+    for value in values if good else ():
+        good &= isinstance(value, kinds) and not isinstance(value, bool)
+        good = good and math.isfinite(value) and least <= value <= most
+    if not good:
+        limits = f"at least {least}" + (f" and at most {most}" if name == "seeds" else "")
         raise ValueError(
-            f"{name} must be a tuple of different numbers, each at least {least}, got {values!r}:"
+            f"{name} must be a tuple of different numbers, each {limits}, got {values!r}:"
             f" for example --config.{name}='(1,)'"
         )
     return values
@@ -216,6 +228,8 @@ def _chosen(kind: str, there: Mapping[str, Any], only: list[str] | None) -> dict
     for name in there:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{kind}: {name!r} names files, so use letters, digits, _ . + - only")
+    if only is not None and not only:
+        raise ValueError(f"none of the {kind} was chosen: there are {', '.join(there)}")
     for name in only or ():
         if name not in there:
             raise ValueError(

@@ -55,9 +55,13 @@ def finished(run: Run) -> Record | None:
     try:
         with open(run.path, encoding="utf-8") as file:
             content = json.load(file)
+        if not isinstance(content["run"], dict):
+            raise TypeError("its settings are no mapping")
         saved = config_lib.with_new_fields(content["run"], run.identity())
         record = Record(**content["result"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not all(0 <= share <= 1 for share in (record.accuracy, record.exact)):
+            raise ValueError("its accuracy is not between 0 and 1")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{run.path} is not the result of a run ({type(error).__name__}: {error}); delete it,"
             " and the same command makes it again"
