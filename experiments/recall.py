@@ -8,8 +8,9 @@
 Every model of the config is trained on every task of it, in every dimension, with every seed and
 learning rate. Each run leaves a JSON file when it ends, so that after a stop of any kind the same
 command goes on: finished runs are skipped, the one that was cut off begins anew. At the end the
-table goes to standard output and to <workdir>/recall.md, all figures to recall.json, and accuracy
-against the size of the state to recall.png. The tasks are described in docs/tasks.md.
+table of all that is finished, also of what --models and --tasks leave out, goes to standard output
+and to <workdir>/recall.md, all figures to recall.json, and accuracy against the size of the state
+to recall.png. The tasks are described in docs/tasks.md.
 """
 
 import shlex
@@ -37,10 +38,11 @@ def main() -> int:
             print(f"{one.name}: {one.path}")
         return 0
     cli.use_compilation_cache(workdir)
-    found, stopped = sweep.run(grid, workdir)
+    _, stopped = sweep.run(grid, workdir)
     if stopped:
         print(f"stopped by {stopped}; run the same command again to go on")
         return EXIT_CODES[stopped]
+    found = sweep.kept(sweep.read(CONFIG.value), workdir)  # also what --models left out
     print(sweep.write(workdir, found, shlex.join(["python", *sys.argv])))
     print(f"written: {workdir}/recall.json, recall.md, recall.png")
     return 0

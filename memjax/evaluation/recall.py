@@ -164,10 +164,11 @@ def evaluate(model: nnx.Module, task: Task, *, rows: int = 1024, batch: int = 64
 def state_bytes(config: LanguageModelConfig) -> int:
     """The size of what a model carries from token to token, for one row.
 
-    All of `LanguageModel.start(1).blocks`, counted on shapes: keys and values of attention up to
-    its window or `config.context`, fast weights, momentum, the last inputs of convolutions. A
-    memory with chunks carries the weights of the chunk's start besides the current ones, and they
-    count too, as do the few scalars of its statistics.
+    What each further row adds to `LanguageModel.start(rows).blocks`, counted on shapes: keys and
+    values of attention up to its window or `config.context`, fast weights, momentum, the last
+    inputs of convolutions, not what rows share (W_0). A memory holds the weights of its chunk's
+    start besides the current ones, and they count too, also where a chunk is one token and both
+    are the same.
 
     Args:
       config: of the model.
@@ -176,8 +177,11 @@ def state_bytes(config: LanguageModelConfig) -> int:
       Bytes.
     """
 
-    def start():
-        return LanguageModel(config, rngs=nnx.Rngs(0)).start(1).blocks
+    def size(rows: int) -> int:
+        def start():
+            return LanguageModel(config, rngs=nnx.Rngs(0)).start(rows).blocks
 
-    leaves = jax.tree.leaves(jax.eval_shape(start))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        leaves = jax.tree.leaves(jax.eval_shape(start))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+    return size(2) - size(1)

@@ -25,6 +25,11 @@ class Bias:
 
     needs_threshold = False
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "loss" in vars(cls) and "signal" not in vars(cls):
+            cls.signal = Bias.signal  # not that of the loss it has replaced
+
     def loss(self, y: Float[Array, "*N V"], v: Float[Array, "*N V"], *more) -> Float[Array, "*N"]:
         raise TypeError("Bias is the interface: use l2(), huber() or another, or define loss")
 

@@ -35,6 +35,15 @@ class Learner:
     solves = False  # whether what is read is the solution of a system that it keeps
     window = 1  # tokens whose gradients a token takes, itself the last
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "update" in own and "response" not in own and own.get("linear", True):
+            raise TypeError(
+                f"{cls.__name__} defines update: define response too, the same over a chunk, or "
+                "set linear = False, and the weights of every token are formed"
+            )
+
     def rates(self, lr: Float[Array, "*L"], k: Float[Array, "*N K"]) -> Float[Array, "*L"]:
         """The step sizes, of the gate `lr` and the keys."""
         return lr
@@ -397,11 +406,16 @@ def _online_matrix(
     name: str, structure: Structure, bias: Bias, retention: Retention, chunk: int
 ) -> None:
     """Raises ValueError where the memory is not a plain matrix that learns at every token."""
-    plain = isinstance(structure, matrix) and structure.features is None
+    plain = checks.keeps(structure, (matrix,), "forward", "mapped") and structure.features is None
     decays = retention.linear and not retention.closes and not retention.to_initial
-    if not (plain and isinstance(bias, l2) and decays and chunk == 1):
-        raise ValueError(
-            f"{name} has a closed form for a matrix without features, l2(), decay() or none(), and "
-            f"chunk 1 alone, not for {structure}, {bias}, {retention} and chunk {chunk}: "
-            "use gd() or momentum()"
-        )
+    for fits, part, wanted in (
+        (plain, structure, "a matrix without features"),
+        (checks.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
+        (decays, retention, "decay() or none()"),
+        (chunk == 1, f"chunk={chunk}", "chunk=1"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"{name} has a closed form for {wanted} alone, not for {part}: take {wanted}, or "
+                "another learner, such as gd() or momentum()"
+            )

@@ -27,6 +27,12 @@ class Retention:
     to_initial = False  # whether what is forgotten gives way to W_0, not to 0
     closes = False  # whether `close` does anything
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "link" in vars(cls):  # what follows from the link that it has replaced does not hold
+            cls.linear = vars(cls).get("linear", False)
+            cls.answer = vars(cls).get("answer", Retention.answer)
+
     @property
     def first(self) -> bool:
         """Whether the memory decays before a token's gradient is taken."""

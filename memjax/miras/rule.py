@@ -12,7 +12,7 @@ from memjax.miras.bias import Bias
 from memjax.miras.learner import Learner
 from memjax.miras.precision import accumulation_dtype
 from memjax.miras.retention import Retention
-from memjax.miras.structure import Structure, Weights
+from memjax.miras.structure import Structure, Weights, least_squares
 from memjax.typing import Array, Bool, Float, Int, Key, PyTree
 
 
@@ -145,6 +145,11 @@ class Rule:
             )
         if self.read not in ("after", "before", "chunk"):
             raise ValueError(f'Rule read {self.read!r} must be "after", "before" or "chunk"')
+        if isinstance(self.structure, least_squares) and not self.learner.solves:
+            raise ValueError(
+                f"least_squares() has a ridge for normal_equations(), which {self.learner} does not"
+                " read: use matrix()"
+            )
         self.learner.check(self.structure, self.bias, self.retention, self.chunk)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:

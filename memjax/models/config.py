@@ -127,6 +127,8 @@ class MemoryConfig:
             shell.check_rate(f"memory.{name}", getattr(self, name))
         for name, valid in (("rule", RULES), ("combine", WAYS)):
             value = getattr(self, name)
+            if name == "rule" and value not in valid and value in _READS:
+                raise ValueError(f"memory.rule {value!r} is a block of its own: name it in pattern")
             if value not in valid:
                 raise ValueError(f"unknown memory.{name} {value!r}; {nearest(str(value), valid)}")
         self.build()
@@ -316,6 +318,11 @@ class LanguageModelConfig:
                 f"pattern must be a tuple of at least one mixer name, got {self.pattern!r}"
             )
         for name in self.pattern:
+            if name in RULES and name not in mixers.registry.names():
+                raise ValueError(
+                    f"unknown mixer {name!r}: it is a rule, of the blocks 'lmm', 'mac', 'mag' and "
+                    f"'mal' with memory.rule={name!r}"
+                )
             mixers.registry.check(name)
         if self.layers % len(self.pattern):
             raise ValueError(

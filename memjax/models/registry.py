@@ -1,7 +1,7 @@
 """Named builders, so that new families of layers plug in without a change to the model."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -70,7 +70,7 @@ def _origin(builder: Callable[..., Any]) -> tuple[Any, Any]:
     return builder.__module__, builder if name.endswith("<lambda>") else name
 
 
-def nearest(name: str, valid: tuple[str, ...]) -> str:
+def nearest(name: str, valid: Collection[str]) -> str:
     """The end of an error message: the valid names like `name`, or all of them."""
     close = difflib.get_close_matches(name, valid, n=3)
     if close:

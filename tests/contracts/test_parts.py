@@ -1,5 +1,7 @@
 """The parts of rules alone: signals, kernels, links, orthogonalisation, and what they refuse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +237,105 @@ def test_what_parts_refuse(make, what):
 def test_numbers_of_another_kind_are_refused(make):
     with pytest.raises(Exception, match=r"must be|type"):  # in tests the type check may come first
         make()
+
+
+@dataclasses.dataclass(frozen=True)
+class bent(miras.matrix):
+    def forward(self, linear, slow, x):
+        return jnp.tanh(linear(0, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class twice(miras.l2):
+    def loss(self, y, v):
+        return 2 * super().loss(y, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class halved(miras.gd):
+    linear = False
+
+    def update(self, velocity, gradient, lr, eta):
+        return super().update(velocity, gradient, lr / 2, eta)
+
+
+@dataclasses.dataclass(frozen=True)
+class nesterov(miras.momentum):
+    linear = False
+
+    def update(self, velocity, gradient, lr, eta):
+        velocity, _ = super().update(velocity, gradient, lr, eta)
+        step = jax.tree.map(lambda s, g: eta * s - lr * g, velocity, gradient)
+        return velocity, step
+
+
+@dataclasses.dataclass(frozen=True)
+class squashed(miras.decay):
+    def link(self, a):
+        return jnp.tanh(a)
+
+
+@dataclasses.dataclass(frozen=True)
+class rooted(miras.lq):
+    def link(self, a):
+        return jnp.sign(a) * jnp.log1p(jnp.abs(a))
+
+
+@pytest.mark.parametrize(
+    ("parts", "what"),
+    [
+        ({"learner": miras.implicit(), "chunk": 64}, "for chunk=1 alone, not for chunk=64"),
+        (
+            {"learner": miras.implicit(), "retention": miras.decay(to="initial")},
+            r"implicit\(\) has a closed form for decay\(\) or none\(\) alone",
+        ),
+        ({"learner": miras.implicit(), "bias": twice()}, r"for l2\(\) alone, not for twice"),
+        ({"structure": miras.least_squares()}, r"ridge for normal_equations\(\), which gd\(\)"),
+    ],
+)
+def test_the_part_that_does_not_go_with_the_others_is_named(parts, what):
+    usual = {
+        "structure": miras.matrix(), "bias": miras.l2(), "retention": miras.decay(),
+        "learner": miras.gd(), "chunk": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=what):
+        miras.Rule(**usual | parts)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(
+    "derived",
+    [bent(1.0), twice(), halved(), nesterov(), squashed(), rooted()],
+    ids=lambda part: type(part).__name__,
+)
+@float64
+def test_a_part_derived_from_another_leaves_the_forms_of_that(derived, chunk):
+    parts = {
+        "structure": miras.matrix(1.0), "bias": miras.l2(), "retention": miras.decay(),
+        "learner": miras.gd(),
+    }  # fmt: skip
+    kinds = (miras.matrix, miras.l2, miras.decay | miras.lq, miras.gd | miras.momentum)
+    base = next(name for name, kind in zip(parts, kinds, strict=True) if isinstance(derived, kind))
+    if not isinstance(derived, type(parts[base])):
+        parts[base] = type(derived).__mro__[1]()
+    plain, rule = (miras.Rule(**parts | {base: p}, chunk=chunk) for p in (parts[base], derived))
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(2, 9, 1, 3))) for _ in range(3))
+    half = jnp.full((2, 9, 1), 0.5)
+    gates = miras.Gates(half, half if rule.learner.needs_momentum else None, half)
+    state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 2)
+    found, last = miras.chunkwise(rule, state, q, k, v, gates)
+    assert_close((found, last), miras.recurrent(rule, state, q, k, v, gates), 1e-12)
+    other, _ = miras.recurrent(plain, state, q, k, v, gates)
+    assert np.max(np.abs(found - other)) > 1e-2, "what it replaces counts"
+
+
+def test_a_learner_that_replaces_update_has_to_say_what_it_is_over_a_chunk():
+    with pytest.raises(TypeError, match="forgetful defines update: define response too"):
+
+        class forgetful(miras.gd):
+            def update(self, velocity, gradient, lr, eta):
+                return super().update(velocity, gradient, lr / 2, eta)
 
 
 def test_features_that_are_not_made():

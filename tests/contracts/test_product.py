@@ -69,6 +69,9 @@ def covering(rules):
 def sensible(structure, bias, retention, learner, chunk, read):
     """What there is no reason to refuse."""
     step, forgets = getattr(learner, "step", learner), retention not in KEEPS
+    solves = isinstance(learner, miras.normal_equations)
+    if isinstance(structure, miras.least_squares) and not solves:
+        return False  # a ridge that nothing reads
     if isinstance(step, miras.chunk_muon) and forgets:
         return False  # nothing to forget at each token where nothing is written at each token
     if isinstance(learner, miras.omega) and getattr(retention, "before", "") == "gradient":

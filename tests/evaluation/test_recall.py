@@ -1,5 +1,6 @@
 """Scores of synthetic tasks against counting by hand, and the size of the state."""
 
+import dataclasses
 import math
 
 import jax
@@ -107,4 +108,12 @@ def test_state_bytes():
     keys_and_values = 2 * 2 * 12 * 8 * 4
     assert keys_and_values <= small < 1.5 * keys_and_values
     model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
-    assert small == sum(x.nbytes for x in jax.tree.leaves(model.start(1).blocks))
+    one, two = (sum(x.nbytes for x in jax.tree.leaves(model.start(n).blocks)) for n in (1, 2))
+    assert small == two - one
+
+
+def test_state_bytes_of_a_memory():
+    """The matrix twice, of the chunk's start and now, and nothing that rows share."""
+    config = dataclasses.replace(CONFIG, pattern=("delta_net",), layers=1, conv=0)
+    matrix = config.heads * (config.dim // config.heads) ** 2 * 4
+    assert 2 * matrix <= recall.state_bytes(config) < 2 * matrix + 100

@@ -215,6 +215,20 @@ def test_the_table_takes_the_best_rate_of_each_seed(tmp_path):
     assert (tmp_path / "recall.png").exists()
 
 
+def test_the_table_has_what_other_commands_of_the_config_finished(tmp_path):
+    models = {"a": {"pattern": ("transformer",)}, "b": {"pattern": ("swa",)}}
+    values = config(models=models, lrs=(1e-2,))
+    for name in models:
+        sweep.run(sweep.read(values, only_models=[name]), str(tmp_path), progress=False)
+
+    def names():
+        return [one.cell.model_name for one, _ in sweep.kept(sweep.read(values), str(tmp_path))]
+
+    assert names() == ["a", "b"]
+    values["models"]["a"]["qk_norm"] = True
+    assert names() == ["b"], "a file of other settings"
+
+
 def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("memjax.training.report.figure_class", lambda: None)
     sweep.write(str(tmp_path), [(sweep.read(config()).runs("x")[0], record(0.5))], "c")

@@ -75,6 +75,10 @@ def test_from_dict_names_what_is_missing():
     [
         ({"layers": 3, "pattern": ("swa", "transformer")}, "layers 3 must be a multiple of the 2"),
         ({"pattern": ("transformr",)}, "unknown mixer 'transformr'; did you mean 'transformer'"),
+        (
+            {"pattern": ("titans",)},
+            "mixer 'titans': it is a rule, of the blocks 'lmm', .* 'mal' with",
+        ),
         ({"pattern": ()}, "pattern must be a tuple of at least one"),
         ({"feed_forward": "swigl"}, "unknown feed_forward 'swigl'; did you mean 'swiglu'"),
         ({"feed_forward": ("swiglu", "none")}, "one for each of the 1 names in pattern"),
@@ -181,6 +185,11 @@ def test_a_block_reads_the_fields_that_it_is_said_to(name):
         ),
         ({"balance": -1}, "memory.balance must be a finite number of at least 0, got -1"),
         ({"balance": float("inf")}, "memory.balance must be a finite"),
+        (
+            {"rule": "delta_net"},
+            "memory.rule 'delta_net' is a block of its own: name it in pattern",
+        ),
+        ({"rule": "titan"}, "unknown memory.rule 'titan'; did you mean 'titans'"),
         ({"active": 5}, "memory.active 5 must be at most memory.memories 4"),
         ({"memories": 1}, "memory.active 2 must be at most memory.memories 1"),
         ({"local_chunks": (8, 0)}, r"memory.local_chunks must be .* at least 1, .*got \(8, 0\)"),

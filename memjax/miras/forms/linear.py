@@ -28,8 +28,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import checks
 from memjax.miras.bias import dot, l2
-from memjax.miras.learner import gd, implicit
+from memjax.miras.learner import exchange, gd, implicit
 from memjax.miras.precision import matmul
 from memjax.miras.products import (
     Decayed,
@@ -64,9 +65,9 @@ class Run(NamedTuple):
 def fits(rule: Rule, gates: Gates) -> bool:
     """Whether the closed form computes this rule with these gates."""
     return (
-        isinstance(rule.structure, matrix)
-        and isinstance(rule.bias, l2 | dot)
-        and isinstance(rule.learner, gd | implicit)
+        checks.keeps(rule.structure, (matrix,), "forward", "mapped")
+        and checks.keeps(rule.bias, (l2, dot), "loss", "signal")
+        and checks.keeps(rule.learner, (gd, implicit, exchange), "update", "rates")
         and not (rule.learner.erases or rule.learner.solves)
         and rule.chunk == 1
         and gates.scale is None

@@ -2,7 +2,7 @@
 
 from memjax.training.sweep.grid import Cell, Run, Sweep, complete, read
 from memjax.training.sweep.report import Row, best, figure, table, write
-from memjax.training.sweep.runs import Record, finished, run
+from memjax.training.sweep.runs import Record, finished, kept, run
 
 __all__ = [
     "Cell",
@@ -14,6 +14,7 @@ __all__ = [
     "complete",
     "figure",
     "finished",
+    "kept",
     "read",
     "run",
     "table",

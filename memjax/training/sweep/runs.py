@@ -75,6 +75,20 @@ def finished(run: Run) -> Record | None:
     return record
 
 
+def kept(sweep: Sweep, workdir: str) -> list[tuple[Run, Record]]:
+    """All finished runs of a sweep that `workdir` has, without those of other settings."""
+    found = []
+    for one in sweep.runs(workdir):
+        try:
+            record = finished(one)
+        except ValueError as error:
+            _say(True, f"left out of the table: {error}")
+            continue
+        if record is not None:
+            found.append((one, record))
+    return found
+
+
 def _save(run: Run, record: Record) -> None:
     """Writes the JSON, which is there in full or not at all."""
     os.makedirs(os.path.dirname(run.path), exist_ok=True)
