@@ -84,6 +84,7 @@ def _small(variant: str) -> dict:
     else:
         tasks = {
             "parity-32-128": {"task": "parity", "length": 33, "test": {"length": 129}},
+            "s5_swaps-16-32": {"task": "s5_swaps", "length": 17, "test": {"length": 33}},
             "s5-16-32": {"task": "s5", "length": 17, "test": {"length": 33}},
         }
         names = ("transformer", "linear_attention", "gated_delta_net", "delta_net", "rwkv7", "lmm")

@@ -23,6 +23,7 @@ SMALL = {
     "parity": tasks.Parity(length=37),
     "s3": tasks.Permutations(length=19, degree=3),
     "s5": tasks.Permutations(length=19, degree=5),
+    "s5_swaps": tasks.Permutations(length=19, degree=5, moved=2),
     "s_niah_1": tasks.make("s_niah_1", {"length": 700}),
     "s_niah_2": tasks.make("s_niah_2", {"length": 800}),
     "s_niah_3": tasks.make("s_niah_3", {"length": 900}),
@@ -266,6 +267,13 @@ def test_draws_are_uniform():
     assert chi_square(pairs, np.full(12, n / 12)) < 5
 
 
+def test_swaps_are_the_permutations_that_move_two_things_or_none():
+    tokens = tasks.make("s5_swaps").batch(jax.random.key(0), 64).tokens[:, 1:]
+    table = list(itertools.permutations(range(5)))
+    drawn = {table[int(token)] for token in np.unique(tokens)}
+    assert drawn == {p for p in table if sum(i != x for i, x in enumerate(p)) in (0, 2)}
+
+
 def test_needles_stand_anywhere_and_rows_are_full():
     task = tasks.make("s_niah_1", {"length": 900})
     tokens, _, weights = map(np.asarray, task.batch(jax.random.key(0), 200))
@@ -313,6 +321,8 @@ def test_needles_in_any_text_with_any_tokenizer(tmp_path):
         ("selective_copying", {"length": 20}, "make it at least 32"),
         ("parity", {"length": 1}, "length must be an integer of at least 2"),
         ("permutations", {"degree": 7}, "5,040 permutations; make it at most 6"),
+        ("permutations", {"degree": 3, "moved": 4}, "moved 4 must be at most the degree 3"),
+        ("permutations", {"moved": 1}, "moved must be an integer of at least 2, got 1"),
         ("s5", {"degree": 4}, "degree is fixed by the task 's5'"),
         ("s_niah_1", {"length": 200}, "make it at least"),
         ("s_niah_2", {"source": "no/such/text"}, "does not exist"),

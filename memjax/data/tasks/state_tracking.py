@@ -74,23 +74,28 @@ class Permutations:
         target_t = g^-1(s_t)
 
     g(i) is permutation i of 0 .. n - 1 in lexicographic order (`itertools.permutations`), and
-    (p o q)(j) = p(q(j)): the newest one acts last. Tokens are uniform, so targets are too, and
-    every position but the first is scored. S_5 is the smallest whose word problem is complete for
-    NC1, since it is not solvable: attention and diagonal linear recurrences of fixed depth, which
-    lie in TC0, are not expected to solve it at all lengths.
+    (p o q)(j) = p(q(j)): the newest one acts last. Tokens are uniform, among all permutations or
+    those that move few things; every position but the first is scored. S_5 is the smallest whose
+    word problem is complete for NC1, since it is not solvable: attention and diagonal linear
+    recurrences of fixed depth, which lie in TC0, are not expected to solve it at all lengths. A
+    swap (`moved=2`) is one reflection, which a delta rule with a rate of 2 can make in one step; a
+    permutation of n things may take n - 1 of them.
 
     Args:
       length: T, with the token that begins it.
       degree: n; 5 is S5, with 120 permutations.
+      moved: the most things that a token moves: 2 for swaps (and the identity), None for any.
 
     Raises:
-      ValueError: a length below 2, a degree outside 2 .. 6.
+      ValueError: a length below 2, a degree outside 2 .. 6, `moved` outside 2 .. n.
 
-    Source: "The Illusion of State in State-Space Models", arXiv:2404.08819.
+    Source: "The Illusion of State in State-Space Models", arXiv:2404.08819; few things moved:
+    arXiv:2411.12537.
     """
 
     length: int = 32
     degree: int = 5
+    moved: int | None = None
 
     def __post_init__(self):
         at_least(self, length=2, degree=2)
@@ -99,6 +104,12 @@ class Permutations:
                 f"Permutations: degree {self.degree} has {math.factorial(self.degree):,}"
                 " permutations; make it at most 6"
             )
+        if self.moved is not None:
+            at_least(self, moved=2)
+            if self.moved > self.degree:
+                raise ValueError(
+                    f"Permutations: moved {self.moved} must be at most the degree {self.degree}"
+                )
 
     @property
     def vocabulary(self) -> int:
@@ -121,7 +132,10 @@ class Permutations:
           tokens, targets and weights, each [B, T].
         """
         table, index = _permutations(self.degree)
-        tokens = jax.random.randint(key, (size, self.scored), 0, len(table), jnp.int32)
+        moves = (table != np.arange(self.degree)).sum(axis=1)
+        drawn = np.flatnonzero(moves <= (self.moved or self.degree)).astype(np.int32)
+        tokens = jax.random.randint(key, (size, self.scored), 0, len(drawn), jnp.int32)
+        tokens = jnp.asarray(drawn)[tokens]
         states = jax.lax.associative_scan(_after, jnp.asarray(table)[tokens], axis=1)
         return _rows(tokens, jnp.asarray(index)[_code(states, self.degree)], begin=len(table))
 
