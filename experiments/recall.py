@@ -31,6 +31,7 @@ LIST = flags.DEFINE_bool("list", False, "print the runs of the sweep and leave")
 def main() -> int:
     if CONFIG.value is None:
         raise ValueError("give --config=configs/recall.py, with its variant after a colon")
+    everything = sweep.read(CONFIG.value)
     grid = sweep.read(CONFIG.value, only_tasks=TASKS.value, only_models=MODELS.value)
     workdir = WORKDIR.value or CONFIG.value.workdir
     if LIST.value:
@@ -42,7 +43,7 @@ def main() -> int:
     if stopped:
         print(f"stopped by {stopped}; run the same command again to go on")
         return EXIT_CODES[stopped]
-    found = sweep.kept(sweep.read(CONFIG.value), workdir)  # also what --models left out
+    found = sweep.kept(everything, workdir)  # also what --models left out
     print(sweep.write(workdir, found, shlex.join(["python", *sys.argv])))
     print(f"written: {workdir}/recall.json, recall.md, recall.png")
     return 0

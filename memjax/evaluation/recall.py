@@ -177,11 +177,12 @@ def state_bytes(config: LanguageModelConfig) -> int:
       Bytes.
     """
 
-    def size(rows: int) -> int:
-        def start():
-            return LanguageModel(config, rngs=nnx.Rngs(0)).start(rows).blocks
+    def start():
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
+        return [model.start(rows).blocks for rows in (1, 2)]
 
-        leaves = jax.tree.leaves(jax.eval_shape(start))
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-    return size(2) - size(1)
+    one, two = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(blocks))
+        for blocks in jax.eval_shape(start)
+    )
+    return two - one

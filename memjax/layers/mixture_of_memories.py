@@ -1,6 +1,5 @@
 """Mixture of memories: a router decides which of several matrix memories a token is written to."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import Auxiliary, MemoryStats
+from memjax.miras import checks
 from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -92,8 +92,7 @@ class MixtureOfMemories(nnx.Module):
             )
         if not 1 <= active <= memories:
             raise ValueError(f"active {active} must be between 1 and memories {memories}")
-        if not 0 <= balance < math.inf:
-            raise ValueError(f"balance {balance} must be a finite number of at least 0")
+        checks.real("balance", balance, least=0.0)
         rule = miras.zoo.gated_delta_net() if rule is None else rule
         learner = rule.learner
         if (

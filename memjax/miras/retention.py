@@ -115,7 +115,6 @@ class _Linked(Retention):
     """Decay of what is accumulated, and weights that are not it."""
 
     needs_retain = True
-    linear = False
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         return retain

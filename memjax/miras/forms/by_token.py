@@ -40,22 +40,16 @@ def run(
     if document is not None:
         first = jnp.diff(document, prepend=document[:1] - 1) != 0
     # Tokens that are not live have no gradient, and keep weights and momentum.
+    gates = dual.of_live(gates, live)
     anchor, retain, eta = None, gates.retain, gates.momentum
-    lr = jnp.where(live, gates.lr, 0)
-    if eta is not None:
-        eta = jnp.where(live, eta, 1)
-    if retain is not None:
-        retain = jnp.where(live.reshape(-1, *[1] * (retain.ndim - 1)), retain, 1)
-        if rule.retention.first:
-            anchor = restarting_products(retain, first)
+    if retain is not None and rule.retention.first:
+        anchor = restarting_products(retain, first)
     back = begin.weights if rule.retention.to_initial else (None,) * len(base)
     linked = tuple(rule.retention.link(w) for w in base)
     loss, inputs, signals = dual.capture(rule, linked, back, slow, learned, anchor, compute)
     band = dual.shares(rule, gates, learned, live)
     if band is None:
         signals = tuple(jnp.where(live[:, None], d, 0) for d in signals)
-    else:
-        band = jnp.where(live[:, None], band, 0)
 
     def gradient(t):
         """Of token t, matrix by matrix."""
@@ -77,7 +71,7 @@ def run(
             carry = jax.tree.map(lambda yes, no: jnp.where(first[t], yes, no), begun, carry)
         held, moving = carry
         moving, change = rule.learner.update(
-            moving, gradient(t), lr[t], None if eta is None else eta[t]
+            moving, gradient(t), gates.lr[t], None if eta is None else eta[t]
         )
         kept = decayed(None if retain is None else retain[t], held)
         written = tuple(w + live[t] * c for w, c in zip(kept, change, strict=True))

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from memjax import documents, sharding
 from memjax.miras import checks, features
 from memjax.miras.forms import by_token, dual, kernels, linear, normal, shards
-from memjax.miras.forms.inputs import check, in_chunk
+from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
@@ -63,6 +63,9 @@ def chunkwise(
     fastest where chunks and documents begin at multiples of `block` (other places are as exact,
     at up to three times the work for the whole call).
 
+    What is not finite in a token reaches, besides its document from there on, the other tokens of
+    its tile in the closed forms (`recurrent`: it does not); never another row.
+
     Args:
         rule: the memory.
         state: where it stands.
@@ -80,9 +83,6 @@ def chunkwise(
             and what one group computes: None = as few as keep those states within 8 times the size
             of keys and values (memory is linear in T), 0 = recompute nothing. The closed form
             keeps a state a tile whatever it says.
-
-    What is not finite in a token reaches, besides its document from there on, the other tokens of
-    its tile in the closed forms (`recurrent`: it does not); never another row.
     Returns:
         (y [B, T, H, V] in q's dtype, the state after the last token)
     Raises:
@@ -141,8 +141,7 @@ def trace(
     Under the mesh of `jax.set_mesh` each device computes its rows and heads, and, where the rule is
     affine (`linear.fits`), its tokens (`shards`). All other arguments are those of `chunkwise`.
     """
-    gates = check(rule, state, q, k, v, gates, segment_ids)
-    state = in_chunk(rule, state)
+    state, gates = check(rule, state, q, k, v, gates, segment_ids)
     closed = rule.learner.solves or linear.fits(rule, gates)
     if block is None:
         block = linear.BLOCK if closed else _default_block(rule)

@@ -73,10 +73,10 @@ def plan(rule, gates, learned: Learned, live, document) -> Plan:
     """
     same = document[:, None] == document[None, :]
     first = jnp.diff(document, prepend=document[:1] - 1) != 0
-    lr = jnp.where(live, gates.lr, 0)
-    eta = None if gates.momentum is None else jnp.where(live, gates.momentum, 1)
-    # Tokens that are not live keep the weights and add no momentum to them.
-    between, of_velocity = rule.learner.response(eta, same, first)
+    gates = of_live(gates, live)
+    lr = gates.lr
+    # Tokens that are not live add no momentum to the weights.
+    between, of_velocity = rule.learner.response(gates.momentum, same, first)
     lower = same & (jnp.arange(same.shape[0])[:, None] >= jnp.arange(same.shape[0])[None, :])
     by_token = None if between is None else -between * lr
     band = shares(rule, gates, learned, live)
@@ -85,10 +85,8 @@ def plan(rule, gates, learned: Learned, live, document) -> Plan:
     if gates.retain is None:
         kept, of_weights = lower.astype(lr.dtype), None
     else:
-        spread = (slice(None),) + (None,) * (gates.retain.ndim - 1)
-        retain = jnp.where(live[spread], gates.retain, 1)
-        kept = segment_products(retain, same)
-        of_weights = prefix_products(kept, retain, first)
+        kept = segment_products(gates.retain, same)
+        of_weights = prefix_products(kept, gates.retain, first)
     kept = jnp.where(live[(None, slice(None)) + (None,) * (kept.ndim - 2)], kept, 0)
     if by_token is None:
         of_tokens = -kept * (lr if kept.ndim == 2 else lr[:, None])
@@ -105,18 +103,34 @@ def plan(rule, gates, learned: Learned, live, document) -> Plan:
     )
 
 
+def of_live(gates, live):
+    """The gates, with those by which tokens that are not `live` learn and forget nothing."""
+
+    def elsewhere(gate, value):
+        if gate is None:
+            return None
+        return jnp.where(live.reshape(-1, *[1] * (gate.ndim - 1)), gate, value)
+
+    return gates._replace(
+        lr=elsewhere(gates.lr, 0),
+        momentum=elsewhere(gates.momentum, 1),
+        retain=elsewhere(gates.retain, 1),
+    )
+
+
 def shares(rule, gates, learned: Learned, live) -> Float[Array, "C E"] | None:
-    """How much of the gradient of each learned token [E] that of each token [C] has; None = own."""
+    """How much of each learned token's gradient [E] that of each live one [C] has; None = own."""
     window = rule.learner.window
     if window == 1:
         return None
     count = live.shape[0]
     back = jnp.arange(count)[:, None] + window - 1 - jnp.arange(count + window - 1)[None, :]
     inside = (back >= 0) & (back < window) & (learned.document[:, None] == learned.seen[None, :])
+    inside &= live[:, None]
     if gates.window is None:
         return inside.astype(gates.lr.dtype)
     share = jnp.take_along_axis(gates.window, jnp.clip(back, 0, window - 1), axis=1)
-    return jnp.where(inside & live[:, None], share, 0)
+    return jnp.where(inside, share, 0)
 
 
 def kept(gate, w, w_0):

@@ -16,9 +16,12 @@ def check(
     v: Float[Array, "B T H V"],
     gates: Gates,
     segment_ids: Int[Array, "B T"] | None,
-) -> Gates:
-    """Raises ValueError where an argument does not fit; returns the gates in the state's dtype,
-    `lr` as the learner's step sizes.
+) -> tuple[State, Gates]:
+    """Raises ValueError where an argument does not fit.
+
+    Returns:
+        (the state, which may have begun a longer chunk: its next token then ends that; the gates in
+        the state's dtype, `lr` as the learner's step sizes).
     """
     fits(rule, state.weights, state.slow)
     momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
@@ -103,12 +106,8 @@ def check(
     dtype = accumulation_dtype(state.weights[0].dtype)
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
     gates = Gates(*cast)
-    return gates._replace(lr=rule.learner.rates(gates.lr, k))
-
-
-def in_chunk(rule: Rule, state: State) -> State:
-    """The state, which may have begun a longer chunk: its next token then ends that."""
-    return state._replace(place=jnp.minimum(state.place, rule.chunk - 1))
+    state = state._replace(place=jnp.minimum(state.place, rule.chunk - 1))
+    return state, gates._replace(lr=rule.learner.rates(gates.lr, k))
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memjax import documents
 from memjax.miras.forms import normal
-from memjax.miras.forms.inputs import check, in_chunk
+from memjax.miras.forms.inputs import check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -55,8 +55,7 @@ def recurrent(
     Raises:
         ValueError: an argument that does not fit, by name.
     """
-    gates = check(rule, state, q, k, v, gates, segment_ids)
-    state = in_chunk(rule, state)
+    state, gates = check(rule, state, q, k, v, gates, segment_ids)
     tokens = _tokens(state, q, k, v, gates, segment_ids)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
 
@@ -84,8 +83,7 @@ def step(
     """
     if k.ndim == 4 and k.shape[1] != 1:
         raise ValueError(f"step takes one token, got {k.shape[1]}: use chunkwise")
-    gates = check(rule, state, q, k, v, gates, segment_ids)
-    state = in_chunk(rule, state)
+    state, gates = check(rule, state, q, k, v, gates, segment_ids)
     token = jax.tree.map(lambda x: x[:, 0], _tokens(state, q, k, v, gates, segment_ids))
     carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = _write_and_read(rule, state, carry, token)

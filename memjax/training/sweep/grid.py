@@ -35,7 +35,7 @@ _SECTIONS = {
 NAMED = ("tasks", "models")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 _FIXED = ("vocab", "dim")
-MOST_SEED = 2**32 - 1
+SEEDS = 2**32  # seeds are below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +194,8 @@ def read(
     for task_name, settings in _chosen("tasks", values["tasks"], only_tasks).items():
         described, task, test = _tasks(task_name, settings)
         for model_name, fields in _chosen("models", values["models"], only_models).items():
-            if not isinstance(fields, Mapping):
-                raise ValueError(
-                    f"models.{model_name} must be a mapping of LanguageModelConfig's fields, got"
-                    f" {fields!r}"
-                )
             for dim in grid["dims"]:
-                merged = config_lib.merge(values["model"], fields)
-                model = _model(model_name, merged, dim, task, test)
+                model = _model(model_name, values["model"], fields, dim, task, test)
                 trainer = TaskTrainer(model, task, test, train, score, mesh)
                 cells.append(Cell(task_name, model_name, dim, described, trainer))
     lrs = tuple(float(lr) for lr in grid["lrs"])
@@ -210,13 +204,15 @@ def read(
 
 def _distinct(name: str, values: Any, kinds: Any) -> tuple:
     least = {"dims": 1, "seeds": 0, "lrs": 0}[name]
+    below = {"seeds": SEEDS}.get(name, math.inf)
+
+    def fits(value: Any) -> bool:
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        return number and least <= value < below
+
     good = isinstance(values, tuple) and values and len(set(values)) == len(values)
-    most = {"seeds": MOST_SEED}.get(name, math.inf)
-    for value in values if good else ():
-        good &= isinstance(value, kinds) and not isinstance(value, bool)
-        good = good and math.isfinite(value) and least <= value <= most
-    if not good:
-        limits = f"at least {least}" + (f" and at most {most}" if name == "seeds" else "")
+    if not good or not all(map(fits, values)):
+        limits = f"at least {least}" + (f" and at most {below - 1}" if name == "seeds" else "")
         raise ValueError(
             f"{name} must be a tuple of different numbers, each {limits}, got {values!r}:"
             f" for example --config.{name}='(1,)'"
@@ -259,8 +255,14 @@ def _tasks(name: str, settings: Any) -> tuple[dict[str, Any], tasks.Task, tasks.
 
 
 def _model(
-    name: str, fields: Mapping[str, Any], dim: int, task: tasks.Task, test: tasks.Task
+    name: str, shared: dict[str, Any], fields: Any, dim: int, task: tasks.Task, test: tasks.Task
 ) -> LanguageModelConfig:
+    """The shared settings and a model's own over them, for a task."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"models.{name} must be a mapping of LanguageModelConfig's fields, got {fields!r}"
+        )
+    fields = config_lib.merge(shared, fields)
     for key in _FIXED:
         if key in fields:
             source = "dims" if key == "dim" else "the task's vocabulary"
