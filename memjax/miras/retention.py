@@ -7,12 +7,13 @@ than the squared distance leaves between the sum of gradients and the weights (m
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from memjax.miras import checks
+from memjax.miras import checks, passes
 from memjax.typing import Array, Float
 
 EPSILON = 1e-6
@@ -120,6 +121,27 @@ class _Linked(Retention):
         return retain
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm(q: float, a: Float[Array, "*N I O"]) -> Float[Array, "*N 1 1"]:
+    """`||a||_q` of every matrix: its entries by the largest, so that no power leaves the dtype."""
+    return _norm_and_largest(q, a)[0]
+
+
+def _norm_and_largest(q, a):
+    most = passes.result(jnp.maximum(passes.largest(jnp.abs, jax.lax.stop_gradient(a)), EPSILON))
+    total = passes.total(lambda a: (jnp.square(a / most) + EPSILON**2) ** (q / 2), a)
+    return passes.result(most * total ** (1 / q)), most
+
+
+@_norm.defjvp
+def _norm_jvp(q, primals, tangents):
+    (a,), (change,) = primals, tangents
+    norm, most = _norm_and_largest(q, a)
+    slope = (a / most) * (jnp.square(a / most) + EPSILON**2) ** (q / 2 - 1)
+    by = (most / norm) ** (q - 1)
+    return norm, by * jnp.sum(slope * change, axis=(-2, -1), keepdims=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class lq(_Linked):
     """The q-norm: `A_t = a_t A_{t-1} + change_t`, `W_t = A_t / ||A_t||_q^(q-2)`.
@@ -147,13 +169,7 @@ class lq(_Linked):
         return product(x, a) * self._scale(a)
 
     def _scale(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N 1 1"]:
-        # By the largest entry, so that no power leaves the range of the dtype.
-        most = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-        most = jax.lax.stop_gradient(jnp.maximum(most, EPSILON))
-        total = jnp.sum(
-            (jnp.square(a / most) + EPSILON**2) ** (self.q / 2), (-2, -1), keepdims=True
-        )
-        return (most * total ** (1 / self.q)) ** (2 - self.q)
+        return _norm(self.q, a) ** (2 - self.q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +204,8 @@ class simplex(_Linked):
     ) -> Float[Array, "C O"]:
         # The sums by the product's own unit, with the numerators.
         a = a / self.temperature
-        shares = jnp.exp(a - jax.lax.stop_gradient(jnp.max(a, axis=-2)))
+        most = passes.result(passes.largest_of_columns(jax.lax.stop_gradient(a)))
+        shares = jnp.exp(a - most)
         both = product(jnp.concatenate([x, jnp.ones_like(x[:1])]), shares)
         return self.total * both[:-1] / both[-1:]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memjax import miras
+from memjax.miras import passes
 from memjax.miras.newton_schulz import orthogonal
 from tests.contracts.scenes import assert_close, float64
 
@@ -158,6 +159,31 @@ def test_the_link_of_lq_keeps_to_the_range_of_its_dtype(size):
     assert_close(miras.lq(4.0).link(a), want, 1e-5)
     by_a = jax.grad(lambda a: jnp.sum(miras.lq(4.0).link(a)))(a)
     assert bool(jnp.isfinite(by_a).all())
+
+
+@pytest.mark.parametrize("q", [1.5, 4.0, 7.0])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (48, 4), (61, 2)])
+@float64
+def test_the_derivative_of_lq_is_that_of_its_equation(q, shape):
+    a, by = np.random.default_rng(0).normal(size=(2, 3, *shape))
+
+    def equation(a):
+        norm = jnp.sum((a**2) ** (q / 2), axis=(-2, -1), keepdims=True) ** (1 / q)
+        return a / norm ** (q - 2)
+
+    got, want = (jax.vjp(link, jnp.asarray(a)) for link in (miras.lq(q).link, equation))
+    assert_close(got[0], want[0], 1e-9)
+    assert_close(got[1](by)[0], want[1](by)[0], 1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 24, 37, 256])
+def test_passes_are_reductions(rows):
+    x, y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, rows, 3)), jnp.float32)
+    found = passes.total(jnp.multiply, x, y)
+    assert_close(found, jnp.sum(x * y, axis=(-2, -1), keepdims=True), 1e-5)
+    found = passes.largest(jnp.negative, x)
+    assert_close(found, jnp.max(-x, axis=(-2, -1), keepdims=True), 0)
+    assert_close(passes.largest_of_columns(x), jnp.max(x, axis=-2, keepdims=True), 0)
 
 
 @float64

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import passes
 from memjax.miras.forms import dual
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.products import restarting_products
@@ -48,8 +49,15 @@ def run(
     linked = tuple(rule.retention.link(w) for w in base)
     loss, inputs, signals = dual.capture(rule, linked, back, slow, learned, anchor, compute)
     band = dual.shares(rule, gates, learned, live)
+    linear = rule.learner.linear
+    lr, share = gates.lr, live.astype(dtype)
+    if linear:  # rates and signs go with the signals: no pass over the weights for them
+        lr, share = jnp.full_like(lr, -1), -lr
     if band is None:
-        signals = tuple(jnp.where(live[:, None], d, 0) for d in signals)
+        signals = tuple(jnp.where(live[:, None], share[:, None] * d, 0) for d in signals)
+    else:
+        band = share[:, None] * band
+    still = linear and not velocity  # no gradient, no change
 
     def gradient(t):
         """Of token t, matrix by matrix."""
@@ -63,7 +71,7 @@ def run(
         return tuple(found)
 
     def decayed(gate, now):
-        return tuple(dual.kept(gate, w, w_0) for w, w_0 in zip(now, back, strict=True))
+        return tuple(_kept(gate, w, w_0) for w, w_0 in zip(now, back, strict=True))
 
     def token(carry, t):
         if document is not None:
@@ -71,21 +79,26 @@ def run(
             carry = jax.tree.map(lambda yes, no: jnp.where(first[t], yes, no), begun, carry)
         held, moving = carry
         moving, change = rule.learner.update(
-            moving, gradient(t), gates.lr[t], None if eta is None else eta[t]
+            moving, gradient(t), lr[0] if linear else lr[t], None if eta is None else eta[t]
         )
         kept = decayed(None if retain is None else retain[t], held)
-        written = tuple(w + live[t] * c for w, c in zip(kept, change, strict=True))
+        written = tuple(
+            w + (c if still else live[t] * c) for w, c in zip(kept, change, strict=True)
+        )
         taken = decayed(None if anchor is None else anchor[t], base)
         seen = {"after": written, "before": held, "chunk": taken}[rule.read]
         seen = scaled(taken, seen, None if gates.scale is None else gates.scale[t])
 
-        def linear(i, x):
-            return rule.retention.answer(functools.partial(_product, compute), x, seen[i])
+        def product(x, w):
+            return passes.result(_product(compute, x, w))
 
-        y = rule.structure.forward(linear, slow, q[t][None].astype(dtype))
+        def product_with(i, x):
+            return rule.retention.answer(product, x, seen[i])
+
+        y = rule.structure.forward(product_with, slow, q[t][None].astype(dtype))
         return (written, moving), y[0]
 
-    token = jax.checkpoint(token, prevent_cse=False)
+    token = jax.checkpoint(token, prevent_cse=False, policy=passes.keep_results)
     (held, moving), y = jax.lax.scan(token, (weights, velocity), jnp.arange(q.shape[0]))
     return y, loss, decayed(None if anchor is None else anchor[-1], base), held, moving
 
@@ -120,6 +133,30 @@ def gather(
         lambda i, x: matmul(x, linked[i], compute=compute), slow, q.astype(dtype)
     )
     return y, loss, base, weights, velocity
+
+
+def _kept(gate, w, w_0):
+    """`dual.kept`, the derivative by one gate for all in a single pass."""
+    if gate is None or gate.ndim:
+        return dual.kept(gate, w, w_0)
+    return _times(gate, w) if w_0 is None else w_0 + _times(gate, w - w_0)
+
+
+@jax.custom_vjp
+def _times(gate: Float[Array, ""], w: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    return gate * w
+
+
+def _times_forward(gate, w):
+    return gate * w, (gate, w)
+
+
+def _times_backward(operands, by):
+    gate, w = operands
+    return passes.total(jnp.multiply, by, w)[0, 0], gate * by
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 @jax.custom_vjp

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from memjax.miras import passes
 from memjax.typing import PyTree
 
 FREE = 8  # steps that are kept without recomputation, unless a group size is asked for
@@ -45,7 +46,7 @@ def in_groups(
     if size == length and group in (None, 0):
         return run(carry, xs)
     if group != 0:
-        run = jax.checkpoint(run, prevent_cse=False)
+        run = jax.checkpoint(run, prevent_cse=False, policy=passes.keep_numbers)
     whole = length - length % size
     folded = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
     carry, ys = jax.lax.scan(run, carry, folded)
