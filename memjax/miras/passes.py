@@ -1,7 +1,7 @@
 """Reductions of matrices by one pass over them, whose results are kept for the backward pass.
 
 XLA's reductions on CPU take three to ten times as long as such a pass, and read what goes into them
-from memory. Sums of slices are one loop with it.
+from memory. Sums of slices are one loop with it. Elsewhere reductions are what they should be.
 """
 
 import functools
@@ -27,20 +27,29 @@ def result(x: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
 
 def total(of: Callable, *x: Float[Array, "*N I O"]) -> Float[Array, "*N 1 1"]:
     """The sum of `of(x)` over every matrix."""
-    return jnp.sum(_folded(jnp.add, of, *x), axis=(-2, -1), keepdims=True)
+    return _reduced(jnp.sum, jnp.add, (-2, -1), of, *x)
 
 
 def largest(of: Callable, *x: Float[Array, "*N I O"]) -> Float[Array, "*N 1 1"]:
     """The largest entry of `of(x)` in every matrix."""
-    return jnp.max(_folded(jnp.maximum, of, *x), axis=(-2, -1), keepdims=True)
+    return _reduced(jnp.max, jnp.maximum, (-2, -1), of, *x)
 
 
 def largest_of_columns(x: Float[Array, "*N I O"]) -> Float[Array, "*N 1 O"]:
     """The largest entry of every column."""
-    return jnp.max(_folded(jnp.maximum, lambda part: part, x), axis=-2, keepdims=True)
+    return _reduced(jnp.max, jnp.maximum, -2, lambda part: part, x)
 
 
-def _folded(combine: Callable, of: Callable, *x: Float[Array, "*N I O"]) -> Float[Array, "*N J O"]:
+def _reduced(reduce, combine, axis, of, *x: Float[Array, "*N I O"]) -> Float[Array, "*N 1 J"]:
+    """`reduce(of(x))`, where that is slow of parts that `combine` has put together."""
+    return jax.lax.platform_dependent(
+        *x,
+        cpu=lambda *x: reduce(_folded(combine, of, *x), axis=axis, keepdims=True),
+        default=lambda *x: reduce(of(*x), axis=axis, keepdims=True),
+    )
+
+
+def _folded(combine, of, *x: Float[Array, "*N I O"]) -> Float[Array, "*N J O"]:
     """`of(x)` with its rows cut into even parts, if they can be, and these put together."""
     rows = x[0].shape[-2]
     parts = max(d for d in range(1, PARTS + 1) if rows % d == 0)
