@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pallas_kernels import blocks_table
+from pallas_kernels.blocks_table import TABLE
 
 
 class Blocks(NamedTuple):
@@ -22,13 +22,6 @@ class Blocks(NamedTuple):
 
 
 DEFAULT = "v5p"  # whose sizes a chip has that is not in the table
-
-# What experiments/benchmarks/kernel_blocks.py measures, and what it does not: op -> decay -> chip
-# -> the widest of a head's dimensions up to which it holds.
-TABLE = {
-    **blocks_table.TABLE,
-    "deep_memory": {"none": {DEFAULT: {128: (64, 1, 8, 4), 256: (64, 1, 1, 1)}}},
-}
 
 
 def find(op: str, decay: str, dim: int, chip: str | None = None) -> Blocks:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import blocks, blocks_table, dispatch
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.linear_attention import linear_attention
@@ -100,12 +100,26 @@ def test_sizes_are_those_of_the_chip(monkeypatch):
 
 
 def test_the_table_is_whole():
-    """Every op and decay has sizes for the chip that others take them from, up to 256 channels."""
-    for op in ("delta_rule", "linear_attention"):
-        for decay in ("none", "head", "channel"):
-            chips = blocks_table.TABLE[op][decay]
-            assert blocks.DEFAULT in chips
-            assert all(max(rows) == 256 for rows in chips.values())
+    """Every op and decay has sizes for every chip and dimension, and the ops take them."""
+    decays = ("none", "head", "channel")
+    kinds = {"deep_memory": ("none",), "delta_rule": decays, "linear_attention": decays}
+    assert {op: tuple(rows) for op, rows in blocks.TABLE.items()} == kinds
+    for op, decay in ((op, decay) for op, decays in kinds.items() for decay in decays):
+        chips = blocks.TABLE[op][decay]
+        assert {*chips} == {"v5e", "v5p", "v6e"}
+        for chip, rows in chips.items():
+            assert [*rows] == [64, 128, 256]
+            for dim, sizes in rows.items():
+                assert blocks.find(op, decay, dim, chip) == Blocks(*sizes)
+                assert Blocks(*sizes).block == 64 or op != "deep_memory", "the chunk measured"
+                q = jnp.zeros((1, 1, 8, dim), jnp.bfloat16)
+                gate = {"none": None, "head": q[..., 0], "channel": q}[decay]
+                plan = dispatch.plan(
+                    None, op, q, q, gate, None, kernel=True, interpret=False, chip=chip
+                )
+                steps = (plan.block, plan.tiles, plan.heads, plan.backward_heads)
+                assert steps == (*sizes, sizes[2])[:4], "no heads of eight are left out"
+                assert plan.backward_heads <= plan.heads
 
 
 @pytest.mark.parametrize(
