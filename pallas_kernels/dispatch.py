@@ -124,7 +124,8 @@ def plan(
         if q.dtype == jnp.float32:  # the table is of bf16
             larger *= 2
         fewer = (None if n is None else max(1, int(n / larger)) for n in blocks[2:])
-        blocks = Blocks(blocks.block, blocks.tiles, *fewer)
+        tiles = 1 if chunk is not None and larger > 1 else blocks.tiles
+        blocks = Blocks(blocks.block, tiles, *fewer)
     block, tiles, most, backward = blocks
     block, backward = chunk or block, most if backward is None else backward
     if block < 16 or block & (block - 1) or min(tiles, most, backward) < 1:

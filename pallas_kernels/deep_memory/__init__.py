@@ -1,5 +1,5 @@
 """The deep memory: `deep_memory`; `reference` says what it computes."""
 
-from pallas_kernels.deep_memory.op import deep_memory
+from pallas_kernels.deep_memory.op import deep_memory, fits
 
-__all__ = ["deep_memory"]
+__all__ = ["deep_memory", "fits"]

@@ -1,6 +1,7 @@
 """A deep memory over a sequence: checks and dispatch."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,11 @@ def deep_memory(
     if read not in ("after", "before"):
         raise ValueError(f'read {read!r} must be "after" or "before"')
     kernel = dispatch.kernel(implementation, interpret)
+    if kernel and not fits([w.shape[2:] for w in weights], q.shape[2], chunk, q.dtype):
+        raise ValueError(
+            f"a head of weights {[w.shape[2:] for w in weights]} at chunk {chunk} in {q.dtype}"
+            f' wants more VMEM than {sequence.VMEM >> 20} MiB; use implementation="xla"'
+        )
     momentum, decay = log_momentum is not None, log_retain is not None
     tile = functools.partial(
         tpu.tiles,
@@ -124,6 +130,19 @@ def deep_memory(
         plan, (*weights, *(velocity or ())), first, (q, k, v), gates, at, kernel=kernel
     )
     return y, losses, tuple(state[:2]), tuple(state[2:]) if momentum else None
+
+
+def fits(maps: Sequence[tuple[int, int]], heads: int, chunk: int, dtype: Any) -> bool:
+    """Whether the kernel, forward and backward, has room for the fewest heads of a step.
+
+    Args:
+        maps: shapes of a head's weights, (K, F) and (F, V).
+        heads: of the memory.
+        chunk: tokens a chunk.
+        dtype: of q.
+    """
+    least = dispatch.heads_of_step(heads, (maps[0][0], maps[1][1]), 1)
+    return least * tpu.room(maps, chunk, dtype) <= sequence.VMEM
 
 
 def _check(

@@ -10,10 +10,14 @@ is the retention and m_i the momentum since the chunk began, and `f_i = sum_l A[
 token's weights are formed: reading is three products a map.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decays import NEVER, sums
+from pallas_kernels.dispatch import LANES
 from pallas_kernels.tiles import column, dot, exact, of_tile, order, unit
 
 NORM_EPSILON = 1e-6
@@ -67,6 +71,17 @@ def _above(x, first: float):
     down = jnp.roll(x, 1, axis=1)
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(row == 0, first, down)
+
+
+def room(maps: Sequence[tuple[int, int]], chunk: int, dtype: Any) -> int:
+    """Bytes of VMEM that the backward kernel wants for a head with documents, about.
+
+    Fitted to what the compiler says of heads that are too large (tests/pallas_kernels has them).
+    """
+    hidden, *dims = (-(-size // LANES) * LANES for size in (maps[0][1], maps[0][0], maps[1][1]))
+    weights = maps[0][0] * hidden + maps[1][0] * dims[1]
+    size = 81 * weights + chunk * (87 * hidden + 150 * max(dims))
+    return size * 7 // 4 if dtype == jnp.float32 else size
 
 
 def tiles(

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.deep_memory import deep_memory
+from pallas_kernels.deep_memory import deep_memory, fits
 from pallas_kernels.deep_memory import reference as definition
 
 CHUNK = 16
@@ -173,3 +173,30 @@ def test_bad_arrays_are_named(place, message):
         arguments[place] = jax.tree.map(lambda x: x[:, :1], arguments[place])
     with pytest.raises(ValueError, match=message):
         deep_memory(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("dim", "expansion", "chunk", "dtype", "compiles"),
+    [
+        (256, 4, 64, "bfloat16", True),
+        (256, 4, 64, "float32", False),
+        (256, 4, 128, "bfloat16", True),
+        (256, 4, 256, "bfloat16", False),
+        (256, 6, 64, "bfloat16", False),
+        (128, 16, 64, "bfloat16", True),
+        (128, 16, 128, "bfloat16", False),
+        (128, 32, 64, "bfloat16", False),
+        (128, 4, 256, "bfloat16", True),
+        (128, 8, 64, "float32", True),
+        (64, 16, 64, "float32", False),
+    ],
+)
+def test_what_fits_is_what_compiles_for_v5p(dim, expansion, chunk, dtype, compiles):
+    maps = [(dim, expansion * dim), (expansion * dim, dim)]
+    assert fits(maps, 8, chunk, jnp.dtype(dtype)) == compiles
+
+
+def test_a_head_that_is_too_large_is_refused():
+    arguments, options = drawn("titans", hidden=40_000)
+    with pytest.raises(ValueError, match="wants more VMEM"):
+        deep_memory(*arguments, **options, implementation="pallas")

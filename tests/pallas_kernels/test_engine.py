@@ -105,6 +105,7 @@ def test_without_a_tpu_it_is_xla():
         (miras.zoo.titans(chunk=12), "power of two"),
         (miras.zoo.titans(depth=3, chunk=16), "depth=2"),
         (miras.zoo.titans(chunk=16, read="chunk"), "read=.chunk."),
+        (miras.zoo.titans(chunk=16, expansion=20), "does not fit in VMEM"),
         (miras.Rule(miras.mlp(), miras.huber(), miras.none(), miras.gd()), "bias l2"),
         (miras.zoo.rwkv7(), "no kernel for exchange"),
         (miras.zoo.mesa_net(), "no kernel for least_squares"),

@@ -57,7 +57,7 @@ def affine_ops(which, spec):
 
 def deep_memories(which, spec):
     """Likewise."""
-    # A step of one head of 256 channels in fp32 wants more VMEM than there is.
+    # 256 channels in fp32 do not fit (`pallas_kernels.deep_memory.fits`).
     dims, dtype = (DIMS[:2], "float32") if which == "float32" else (DIMS, "bfloat16")
     blocks = Blocks(CHUNK, 1, 1) if which == "small" else None
     for dim in dims:

@@ -16,7 +16,7 @@ from memjax.miras.rule import Gates, Rule, State
 from memjax.miras.structure import mlp
 from memjax.typing import Array, Bool, Float
 from pallas_kernels import dispatch
-from pallas_kernels.deep_memory import deep_memory
+from pallas_kernels.deep_memory import deep_memory, fits
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.linear_attention import linear_attention
 
@@ -71,6 +71,9 @@ def _misfit(rule: Rule, state: State, q, v, gates: Gates, loss: bool) -> str | N
         dispatch.heads_of_step(heads, dims, heads)
     except ValueError as error:
         return str(error).partition(";")[0]
+    maps = [w.shape[-2:] for w in state.weights]
+    if not closed and not fits(maps, heads, rule.chunk, q.dtype):
+        return f"a head of weights {maps} at chunk {rule.chunk} in {q.dtype} does not fit in VMEM"
     return None
 
 
