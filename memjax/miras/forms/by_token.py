@@ -49,10 +49,9 @@ def run(
     linked = tuple(rule.retention.link(w) for w in base)
     loss, inputs, signals = dual.capture(rule, linked, back, slow, learned, anchor, compute)
     band = dual.shares(rule, gates, learned, live)
+    # Where changes are linear, rates and signs go with the signals: no pass over the weights.
     linear = rule.learner.linear
-    lr, share = gates.lr, live.astype(dtype)
-    if linear:  # rates and signs go with the signals: no pass over the weights for them
-        lr, share = jnp.full_like(lr, -1), -lr
+    share = -gates.lr if linear else jnp.ones_like(gates.lr)
     if band is None:
         signals = tuple(jnp.where(live[:, None], share[:, None] * d, 0) for d in signals)
     else:
@@ -71,15 +70,17 @@ def run(
         return tuple(found)
 
     def decayed(gate, now):
-        return tuple(_kept(gate, w, w_0) for w, w_0 in zip(now, back, strict=True))
+        times = jnp.multiply if gate is None or gate.ndim else _times
+        return tuple(dual.kept(gate, w, w_0, times) for w, w_0 in zip(now, back, strict=True))
 
     def token(carry, t):
         if document is not None:
             begun = (weights, velocity)
             carry = jax.tree.map(lambda yes, no: jnp.where(first[t], yes, no), begun, carry)
         held, moving = carry
+        lr = jnp.asarray(-1, gates.lr.dtype) if linear else gates.lr[t]
         moving, change = rule.learner.update(
-            moving, gradient(t), lr[0] if linear else lr[t], None if eta is None else eta[t]
+            moving, gradient(t), lr, None if eta is None else eta[t]
         )
         kept = decayed(None if retain is None else retain[t], held)
         written = tuple(
@@ -135,15 +136,9 @@ def gather(
     return y, loss, base, weights, velocity
 
 
-def _kept(gate, w, w_0):
-    """`dual.kept`, the derivative by one gate for all in a single pass."""
-    if gate is None or gate.ndim:
-        return dual.kept(gate, w, w_0)
-    return _times(gate, w) if w_0 is None else w_0 + _times(gate, w - w_0)
-
-
 @jax.custom_vjp
 def _times(gate: Float[Array, ""], w: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    """`gate w`, whose derivative by the gate is one pass."""
     return gate * w
 
 

@@ -133,12 +133,12 @@ def shares(rule, gates, learned: Learned, live) -> Float[Array, "C E"] | None:
     return jnp.where(inside, share, 0)
 
 
-def kept(gate, w, w_0):
+def kept(gate, w, w_0, times=jnp.multiply):
     """What retention leaves of w: `gate w`, or `w_0 + gate (w - w_0)`; gate [], [I] or None = 1."""
     if gate is None:
         return w
     gate = gate[:, None] if gate.ndim else gate
-    return gate * w if w_0 is None else w_0 + gate * (w - w_0)
+    return times(gate, w) if w_0 is None else w_0 + times(gate, w - w_0)
 
 
 def write(rule, base, weights, velocity, begin, slow, learned: Learned, plan: Plan):
