@@ -166,9 +166,8 @@ def state_bytes(config: LanguageModelConfig) -> int:
 
     What each further row adds to `LanguageModel.start(rows).blocks`, counted on shapes: keys and
     values of attention up to its window or `config.context`, fast weights, momentum, the last
-    inputs of convolutions, not what rows share (W_0). A memory holds the weights of its chunk's
-    start besides the current ones, and they count too, also where a chunk is one token and both
-    are the same.
+    inputs of convolutions, not what rows share (W_0). A memory whose chunks have more than one
+    token holds the weights of its chunk's start besides the current ones, and they count too.
 
     Args:
       config: of the model.

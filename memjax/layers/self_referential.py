@@ -272,17 +272,17 @@ class _Bases:
         index = jnp.arange(begins.shape[1])
         self.ends = ~started & (state.place[:, None] + index < rule.chunk)
         self.started = started
-        self.following = state.base
+        self.following = state.began
 
     def __call__(self, x: Float[Array, "B C H D"]) -> Float[Array, "B C H D"]:
         """`M(x; W')` of every token."""
         begin = self.state.begin.weights
         if self.inside:
-            return self._read(_rows(self.started[:, 0], begin, self.state.base), x)
-        found = (self._read(base, x) for base in (self.state.base, self.following))
+            return self._read(_rows(self.started[:, 0], begin, self.state.began), x)
+        found = (self._read(base, x) for base in (self.state.began, self.following))
         first, second = found
         y = jnp.where(self.ends[..., None, None], first, second)
-        fresh = _rows(jnp.ones_like(self.started[:, 0]), begin, self.state.base)
+        fresh = _rows(jnp.ones_like(self.started[:, 0]), begin, self.state.began)
         return jnp.where(self.started[..., None, None], self._read(fresh, x), y)
 
     def learn_chunk(self, k, targets, gates: miras.Gates) -> None:
@@ -294,7 +294,7 @@ class _Bases:
         _, _, state = miras.trace(
             self.rule, self.state, k, k, targets, gates, block=k.shape[1], loss=False
         )
-        self.following = state.base
+        self.following = state.began
 
     def _read(self, weights, x):
         return miras.read(self.rule, self.state._replace(weights=weights), x)

@@ -72,7 +72,8 @@ class State(NamedTuple):
     Attributes:
         base: W', the fast weights when the current chunk began, each [B, H, ...]; where the
             retention decays first, as the tokens since have left them. Where it has a link, this
-            and `weights` are what it accumulates.
+            and `weights` are what it accumulates. () where chunks are of one token, as between
+            two of them it is `weights`: ask `began`.
         weights: W_t, the fast weights now (inside a chunk: before `Gates.scale`), each [B, H, ...].
         momentum: S_t like the weights, or () for a learner without.
         place: place in its chunk of the next token, 0 to chunk - 1, [B].
@@ -90,6 +91,11 @@ class State(NamedTuple):
     begin: Begin
     slow: dict[str, Array]
     pairs: Pairs | tuple[()] = ()
+
+    @property
+    def began(self) -> PyTree:
+        """W', the fast weights when the current chunk began, held or not."""
+        return self.base or self.weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +194,8 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (copies, *w.shape)), weights)
     weights = jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
     begin = Begin(weights.fast, rule.learner.start(weights.fast))
-    return _at(begin, weights.slow, batch)._replace(pairs=_pairs(rule, weights.fast, batch))
+    pairs = _pairs(rule, weights.fast, batch)
+    return _at(rule, begin, weights.slow, batch)._replace(pairs=pairs)
 
 
 def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
@@ -230,11 +237,11 @@ def begin_from(rule: Rule, state: State, batch: int) -> State:
     begin = Begin(state.weights, state.momentum)
     if rule.learner.closes or rule.retention.closes:
         count = state.place[0].astype(begin.weights[0].dtype)
-        closed = close_chunk(rule, state.begin, state.base, *begin, jnp.maximum(count, 1))
+        closed = close_chunk(rule, state.begin, state.began, *begin, jnp.maximum(count, 1))
         begin = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), Begin(*closed), begin)
     begin = jax.tree.map(lambda w: w[0], begin)
     pairs = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), state.pairs)
-    return _at(begin, state.slow, batch)._replace(pairs=pairs)
+    return _at(rule, begin, state.slow, batch)._replace(pairs=pairs)
 
 
 def close_chunk(
@@ -286,11 +293,11 @@ def _pairs(rule: Rule, fast: tuple[Array, ...], batch: int) -> Pairs | tuple[()]
     )
 
 
-def _at(begin: Begin, slow: dict[str, Array], batch: int) -> State:
+def _at(rule: Rule, begin: Begin, slow: dict[str, Array], batch: int) -> State:
     """Every row at the beginning of a document, nothing seen."""
     rows = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), begin)
     return State(
-        base=rows.weights,
+        base=rows.weights if rule.chunk > 1 else (),
         weights=rows.weights,
         momentum=rows.momentum,
         place=jnp.zeros(batch, jnp.int32),

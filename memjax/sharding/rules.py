@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memjax.typing import Array, PyTree
@@ -104,12 +105,13 @@ def make_mesh(
             f"mesh {_sizes(sizes)} is for {total} devices but there are {len(devices)};"
             " set one axis to -1 to take what remains"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:total],
-    )
+    shape, devices = tuple(sizes.values()), devices[:total]
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # a slice none of whose axes' products are these sizes
+        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def _sizes(sizes: dict[str, int]) -> str:

@@ -104,7 +104,7 @@ def to_oracle(state) -> oracle.State:
 
     state = jax.tree.map(leaf, state)
     return oracle.State(
-        list(state.base), list(state.weights), _lists(state.momentum), state.place, state.segment,
+        list(state.began), list(state.weights), _lists(state.momentum), state.place, state.segment,
         list(state.begin.weights), _lists(state.begin.momentum), dict(state.slow),
         state.pairs._asdict() if state.pairs else None,
     )  # fmt: skip
@@ -113,8 +113,8 @@ def to_oracle(state) -> oracle.State:
 def from_oracle(state, other: oracle.State):
     """The engine's state with what the oracle computed in it."""
     return state._replace(
-        base=tuple(other.base), weights=tuple(other.weights), momentum=_tuples(other.momentum),
-        place=other.place, segment=other.segment,
+        base=tuple(other.base) if state.base else (), weights=tuple(other.weights),
+        momentum=_tuples(other.momentum), place=other.place, segment=other.segment,
         pairs=miras.Pairs(**other.pairs) if other.pairs else (),
     )  # fmt: skip
 
@@ -270,6 +270,8 @@ def pull(form, case, state, stream, ids, cotangent, **options):
 
 def folded(state, gradient):
     """The gradient by a state whose chunk has not begun, where W' and W are one: their sum."""
+    if not state.base:
+        return gradient
     idle = np.asarray(state.place) == 0
 
     def fold(base, weights):
@@ -322,8 +324,9 @@ def moving(state):
     pairs = state.pairs
     if pairs:
         pairs = dict(pairs if isinstance(pairs, dict) else pairs._asdict())
+    began = state.base if isinstance(state, oracle.State) else state.began
     return {
-        "base": list(state.base), "weights": list(state.weights),
+        "base": list(began), "weights": list(state.weights),
         "momentum": _lists(state.momentum), "place": state.place, "segment": state.segment,
         "pairs": pairs or (),
     }  # fmt: skip

@@ -93,6 +93,35 @@ def test_a_state_in_a_longer_chunk_ends_it_at_the_next_token():
     assert_close(one.base, one.weights, 0)
 
 
+def test_states_of_one_token_chunks_hold_their_weights_once():
+    """What began such a chunk is what there is now; a state that holds it keeps its shape."""
+    rule = miras.zoo.gated_delta_net()
+    state, q, k, v, gates = scene(rule)
+    assert state.base == ()
+    assert state.began is state.weights
+    tokens = (q, k, v, gates._replace(momentum=None))
+    first = jax.tree.map(lambda x: x[:, :1], tokens)
+    calls = [(miras.recurrent, tokens), (miras.chunkwise, tokens), (miras.step, first)]
+    both = state._replace(base=state.weights)
+    for form, args in calls:
+        y, after = form(rule, state, *args)
+        assert after.base == (), form
+        y_2, after_2 = form(rule, both, *args)
+        assert_close((y, after.weights), (y_2, after_2.weights), 0)
+        assert_close(after_2.base, after_2.weights, 0)
+
+
+def test_a_state_of_one_token_chunks_begins_a_longer_one():
+    """As a memory whose chunk is made larger finds it: from then on it holds the chunk's start."""
+    short, long = (miras.zoo.titans(depth=1, chunk=chunk) for chunk in (1, 4))
+    state, q, k, v, gates = scene(short)
+    _, state = miras.recurrent(short, state, q, k, v, gates)
+    y, after = miras.chunkwise(long, state, q, k, v, gates)
+    assert state.base == ()
+    y_2, after_2 = miras.recurrent(long, state._replace(base=state.weights), q, k, v, gates)
+    assert_close((y, after), (y_2, after_2), 1e-5)
+
+
 def test_forms_agree_where_queries_are_narrower_than_keys():
     state, q, k, v, gates = scene(RULE)
     q = q.astype(jnp.bfloat16)

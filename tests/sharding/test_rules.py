@@ -1,5 +1,7 @@
 """The rules table, meshes, and placements, on eight simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,6 +54,35 @@ def test_make_mesh(sizes, expected):
 def test_make_mesh_errors(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX asks a device of a TPU slice for."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "neighbours"),
+    [({"fsdp": 16, "tensor": 4}, 4), ({"fsdp": 32, "tensor": 2}, 2), ({"fsdp": 8, "tensor": 8}, 8)],
+)
+def test_a_mesh_may_split_the_axes_of_a_slice(sizes, neighbours):
+    """A slice of 8 x 8 chips, in halves and quarters of an axis: those that share one are near."""
+    chips = [Chip(8 * y + x, (x, y, 0)) for y in range(8) for x in range(8)]
+    mesh = sharding.make_mesh(**sizes, devices=chips)
+    assert mesh.devices.shape == (1, sizes["fsdp"], sizes["tensor"], 1)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(64))
+    for group in mesh.devices[0, :, :, 0]:
+        rows, columns = ({chip.coords[axis] for chip in group} for axis in (0, 1))
+        assert len(rows) * len(columns) == neighbours
+        assert all(max(places) - min(places) < neighbours for places in (rows, columns))
 
 
 def test_spec_reads_the_table():

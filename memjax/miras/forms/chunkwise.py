@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from memjax import documents, sharding
 from memjax.miras import checks, features
 from memjax.miras.forms import by_token, dual, kernels, linear, normal, shards
-from memjax.miras.forms.inputs import check
+from memjax.miras.forms.inputs import as_given, check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
@@ -141,7 +141,8 @@ def trace(
     Under the mesh of `jax.set_mesh` each device computes its rows and heads, and, where the rule is
     affine (`linear.fits`), its tokens (`shards`). All other arguments are those of `chunkwise`.
     """
-    state, gates = check(rule, state, q, k, v, gates, segment_ids)
+    given = state
+    state, gates = check(rule, given, q, k, v, gates, segment_ids)
     closed = rule.learner.solves or linear.fits(rule, gates)
     if block is None:
         block = linear.BLOCK if closed else _default_block(rule)
@@ -174,13 +175,14 @@ def trace(
         return y, surprises, state
 
     tokens, states = PartitionSpec("batch", "time", "heads"), axes_of(state)
-    return sharding.on_each_device(
+    y, surprises, state = sharding.on_each_device(
         share,
         (state, q, k, v, gates, segment_ids),
         (states, tokens, tokens, tokens, tokens, PartitionSpec("batch", "time")),
         (tokens, tokens, states),
         dims=dims,
     )
+    return y, surprises, as_given(rule, given, state)
 
 
 def axes_of(state: State) -> State:

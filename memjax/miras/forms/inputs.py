@@ -20,8 +20,8 @@ def check(
     """Raises ValueError where an argument does not fit.
 
     Returns:
-        (the state, which may have begun a longer chunk: its next token then ends that; the gates in
-        the state's dtype, `lr` as the learner's step sizes).
+        (the state, with its chunk's start: that may be one of a longer chunk, which its next token
+        then ends; the gates in the state's dtype, `lr` as the learner's step sizes).
     """
     fits(rule, state.weights, state.slow)
     momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
@@ -106,8 +106,17 @@ def check(
     dtype = accumulation_dtype(state.weights[0].dtype)
     cast = [None if g is None else g.astype(dtype) for g in gates._replace(retain=retain)]
     gates = Gates(*cast)
-    state = state._replace(place=jnp.minimum(state.place, rule.chunk - 1))
+    place = jnp.minimum(state.place, rule.chunk - 1)
+    state = state._replace(base=state.began, place=place)
     return state, gates._replace(lr=rule.learner.rates(gates.lr, k))
+
+
+def as_given(rule: Rule, given: State, state: State) -> State:
+    """The `state` after a call, holding its chunk's start where the `given` one did.
+
+    Where that one did not, but chunks are of more than one token, it has to from now on.
+    """
+    return state._replace(base=()) if rule.chunk == 1 and not given.base else state
 
 
 def _shapes(tree: PyTree) -> PyTree:

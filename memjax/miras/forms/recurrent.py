@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memjax import documents
 from memjax.miras.forms import normal
-from memjax.miras.forms.inputs import check
+from memjax.miras.forms.inputs import as_given, check
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -55,7 +55,8 @@ def recurrent(
     Raises:
         ValueError: an argument that does not fit, by name.
     """
-    state, gates = check(rule, state, q, k, v, gates, segment_ids)
+    given = state
+    state, gates = check(rule, given, q, k, v, gates, segment_ids)
     tokens = _tokens(state, q, k, v, gates, segment_ids)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
 
@@ -64,7 +65,8 @@ def recurrent(
 
     carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = grouped_scan(body, carry, xs)
-    return _outcome(state, carry, jnp.moveaxis(y, 0, 1), q, segment_ids)
+    y, state = _outcome(state, carry, jnp.moveaxis(y, 0, 1), q, segment_ids)
+    return y, as_given(rule, given, state)
 
 
 def step(
@@ -83,11 +85,13 @@ def step(
     """
     if k.ndim == 4 and k.shape[1] != 1:
         raise ValueError(f"step takes one token, got {k.shape[1]}: use chunkwise")
-    state, gates = check(rule, state, q, k, v, gates, segment_ids)
+    given = state
+    state, gates = check(rule, given, q, k, v, gates, segment_ids)
     token = jax.tree.map(lambda x: x[:, 0], _tokens(state, q, k, v, gates, segment_ids))
     carry = (state.base, state.weights, state.momentum, state.place, state.pairs)
     carry, y = _write_and_read(rule, state, carry, token)
-    return _outcome(state, carry, y[:, None], q, segment_ids)
+    y, state = _outcome(state, carry, y[:, None], q, segment_ids)
+    return y, as_given(rule, given, state)
 
 
 def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "B T H V"]:
