@@ -1,5 +1,6 @@
 """A memory that learns at test time, as a layer."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -211,7 +212,9 @@ class NeuralMemory(nnx.Module):
             [B, T, dim] in the dtype of x.
         """
         q = unit(jax.nn.silu(constrain(self.query(x), ("batch", "time", "heads", "kv"))))
-        h = miras.read(self.rule, state.memory._replace(weights=fast), q)
+        # Computed again in the backward pass, and its wide layers not kept.
+        read = jax.checkpoint(functools.partial(miras.read, self.rule))
+        h = read(state.memory._replace(weights=fast), q)
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
 
     def _project(self, x, convs, segment_ids):

@@ -1,5 +1,6 @@
 """Memory as context: attention over a segment and over what the memory recalls for it."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,8 @@ class MemoryAsContextState(NamedTuple):
     Attributes:
         memory: the long-term memory.
         recalled: its fast weights when the segment began, each [B, H, ...].
-        keys, values: of the segment so far, recalled tokens first, [B, 2, S, H, D].
+        keys, values: of the segment so far, recalled tokens first, [B, 2, S, H, D]; 0 where there
+            are none.
         slot: tokens of the segment so far, below S, [B].
         segment: id of the last token, -1 when there was none, [B].
         position: position of the next token in its document, [B].
@@ -175,15 +177,36 @@ class MemoryAsContext(nnx.Module):
                 )
 
             def body(state, tokens):
-                y, state = self._piece(tokens, state)
-                return state, y
+                y, state = self._piece(tokens, self._filled(state))
+                return self._bare(state), y
 
-            state, y = jax.lax.scan(body, state, jax.tree.map(fold, tokens))
+            state, y = jax.lax.scan(body, self._bare(state), jax.tree.map(fold, tokens))
+            state = self._filled(state)
             outputs.append(jnp.moveaxis(y, 0, 1).reshape(*y.shape[1:2], whole, y.shape[-1]))
         if whole < length:
             y, state = self._piece(jax.tree.map(lambda z: z[:, whole:], tokens), state)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
+
+    def _bare(self, state: MemoryAsContextState) -> MemoryAsContextState:
+        """A state between two segments without what `_filled` puts back."""
+        memory = state.memory.memory
+        if self.segment % self.memory.rule.chunk == 0:
+            memory = memory._replace(base=())
+        memory = state.memory._replace(memory=memory)
+        return state._replace(memory=memory, recalled=(), keys=(), values=())
+
+    def _filled(self, state: MemoryAsContextState) -> MemoryAsContextState:
+        memory = state.memory.memory
+        shape = (state.slot.shape[0], 2, self.segment, self.heads, self.head_dim)
+        if self.memory.rule.chunk > 1:
+            memory = memory._replace(base=memory.began)
+        return state._replace(
+            memory=state.memory._replace(memory=memory),
+            recalled=memory.weights,
+            keys=jnp.zeros(shape),
+            values=jnp.zeros(shape),
+        )
 
     def _by_tokens(self, tokens: "Tokens", state: MemoryAsContextState):
         def body(state, token):
@@ -199,11 +222,10 @@ class MemoryAsContext(nnx.Module):
         x, new, ids, positions = tokens
         batch, length = x.shape[:2]
         slot = jnp.where(new[:, 0], 0, state.slot)
-        memory = state.memory.memory
+        complete = slot + length == self.segment
         recalled = jax.tree.map(
-            lambda w_0, w, before: choose(new[:, 0], w_0, choose(slot == 0, w, before)),
-            memory.begin.weights,
-            memory.weights,
+            lambda w_0, w: choose(new[:, 0], w_0, w),
+            state.memory.memory.begin.weights,
             state.recalled,
         )
         h = self.memory.recall(x, state.memory, recalled)
@@ -216,7 +238,11 @@ class MemoryAsContext(nnx.Module):
         if length == 1:
             here = jnp.arange(self.segment) == slot[:, None]
             keys, values = (
-                jnp.where(here[:, None, :, None, None], z.astype(cache.dtype), cache)
+                jnp.where(
+                    here[:, None, :, None, None],
+                    z.astype(cache.dtype),
+                    choose(new[:, 0], jnp.zeros_like(cache), cache),
+                )
                 for z, cache in ((k, state.keys), (v, state.values))
             )
             visible = jnp.arange(self.segment) <= slot[:, None, None]
@@ -234,9 +260,11 @@ class MemoryAsContext(nnx.Module):
         m, memory = self.memory(y, state.memory, segment_ids=ids, aligned=aligned)
         state = MemoryAsContextState(
             memory=memory,
-            recalled=recalled,
-            keys=keys,
-            values=values,
+            recalled=jax.tree.map(
+                functools.partial(choose, complete), memory.memory.weights, recalled
+            ),
+            keys=choose(complete, jnp.zeros_like(keys), keys),
+            values=choose(complete, jnp.zeros_like(values), values),
             slot=(slot + length) % self.segment,
             segment=ids[:, -1],
             position=positions[:, -1] + 1,
@@ -281,6 +309,8 @@ class Tokens(NamedTuple):
     positions: Int[Array, "B T"]
 
 
+# The backward pass keeps the rows alone, not the mask of every entry.
+@jax.checkpoint
 def choose(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
     """`yes` in the given rows, else `no`."""
     return jnp.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)

@@ -177,28 +177,13 @@ def _bytes(module: hlo.Module, lines: dict[str, hlo.Instruction], what: hlo.Inst
 def _fused_bytes(module, lines, what) -> int:
     """Of a fusion: whole operands, but only what is taken of one that is sliced."""
     (inner,) = what.called("calls")
-    fused = module.by_name[inner]
-    users: dict[str, list[hlo.Instruction]] = {}
-    for one in fused.values():
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
-    in_place = {one.operands[0] for one in fused.values() if one.opcode == "dynamic-update-slice"}
-    total = 0
-    for one in fused.values():
-        if one.opcode != "parameter" or one.name in in_place:
-            continue
-        outside = lines.get(what.operands[int(one.operands[0])])
+    fused, total = module.by_name[inner], 0
+    for place, name in enumerate(what.operands):
+        outside = lines.get(name)
         types = [] if outside is None else hlo.arrays(outside.type)
-        if not types or types[0].space:
-            continue
-        used = users.get(one.name, [])
-        if used and all(
-            user.opcode in ("dynamic-slice", "gather") and user.operands[0] == one.name
-            for user in used
-        ):
-            total += sum(hlo.arrays(user.type)[0].bytes for user in used)
-        else:
-            total += _size(outside.type)
+        if types and not types[0].space:
+            taken = _taken(module, inner, place)
+            total += _size(outside.type) if taken is None else taken
     root = next(one for one in fused.values() if one.root)
     outputs = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     spaces = [array.space for array in hlo.arrays(what.type)]
@@ -209,6 +194,38 @@ def _fused_bytes(module, lines, what) -> int:
             total += hlo.arrays(fused[output.operands[1]].type)[0].bytes
         else:
             total += sum(array.bytes for array in hlo.arrays(output.type))
+    return total
+
+
+def _taken(module: hlo.Module, computation: str, place: int) -> int | None:
+    """Bytes that a fused computation reads of its argument at a place; None = all of it.
+
+    Slices are taken of it where that is all that is done to it, here or in fusions inside; nothing
+    where it is what a slice is put into.
+    """
+    fused = module.by_name[computation].values()
+    (name,) = (
+        one.name for one in fused if one.opcode == "parameter" and int(one.operands[0]) == place
+    )
+    names, total = {name}, 0  # the argument, and what is it under another name
+    for user in fused:  # in an order of evaluation
+        at = [index for index, operand in enumerate(user.operands) if operand in names]
+        if not at or user.opcode == "parameter":
+            continue
+        if user.opcode == "bitcast" or "output_to_operand_aliasing={{}:" in user.attributes:
+            names.add(user.name)
+        elif user.opcode == "fusion":
+            (inner,) = user.called("calls")
+            taken = [_taken(module, inner, index) for index in at]
+            if None in taken:
+                return None
+            total += sum(taken)
+        elif at != [0]:
+            return None
+        elif user.opcode in ("dynamic-slice", "gather"):
+            total += hlo.arrays(user.type)[0].bytes
+        elif user.opcode != "dynamic-update-slice":
+            return None
     return total
 
 
