@@ -56,6 +56,8 @@ def check_inputs(
 def go_on(layer: nnx.Module, state: State | None, kind: type[State], batch: int) -> State:
     """The state that a layer goes on from: the one given, or its start.
 
+    One of a layer with other chunks, of one token here or there, will do (`miras.State.base`).
+
     Args:
         layer: with a method `start(batch)`.
         state: what it was given; None = `layer.start(batch)`.
@@ -76,6 +78,7 @@ def go_on(layer: nnx.Module, state: State | None, kind: type[State], batch: int)
         )
     another = f"the state is of another {type(layer).__name__}"
     expected = jax.eval_shape(lambda: layer.start(batch))
+    expected, state = _with_starts_of_chunks(expected, state)
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise ValueError(f"{another}, with other parts; {remedy}")
     of_another_batch = None
@@ -91,6 +94,28 @@ def go_on(layer: nnx.Module, state: State | None, kind: type[State], batch: int)
     if of_another_batch is not None:
         raise ValueError(f"the state is for a batch of {of_another_batch}, x has {batch}; {remedy}")
     return state
+
+
+def _with_starts_of_chunks(one: State, other: State) -> tuple[State, State]:
+    """Both states; what began a memory's chunk is held in both where one of them holds it."""
+
+    def is_memory(x):
+        return isinstance(x, miras.State)
+
+    (ones, structure), (others, their) = (
+        jax.tree.flatten(state, is_leaf=is_memory) for state in (one, other)
+    )
+    if structure != their:
+        return one, other
+
+    def filled(memory, like):
+        fill = is_memory(memory) and is_memory(like) and like.base
+        return memory._replace(base=memory.began) if fill else memory
+
+    return (
+        structure.unflatten(map(filled, ones, others)),
+        structure.unflatten(map(filled, others, ones)),
+    )
 
 
 def project(

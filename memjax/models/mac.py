@@ -177,11 +177,12 @@ class MemoryAsContext(nnx.Module):
                 )
 
             def body(state, tokens):
-                y, state = self._piece(tokens, self._filled(state))
+                y, state = self._piece(tokens, self._filled(state, given))
                 return self._bare(state), y
 
+            given = state
             state, y = jax.lax.scan(body, self._bare(state), jax.tree.map(fold, tokens))
-            state = self._filled(state)
+            state = self._filled(state, given)
             outputs.append(jnp.moveaxis(y, 0, 1).reshape(*y.shape[1:2], whole, y.shape[-1]))
         if whole < length:
             y, state = self._piece(jax.tree.map(lambda z: z[:, whole:], tokens), state)
@@ -196,10 +197,10 @@ class MemoryAsContext(nnx.Module):
         memory = state.memory._replace(memory=memory)
         return state._replace(memory=memory, recalled=(), keys=(), values=())
 
-    def _filled(self, state: MemoryAsContextState) -> MemoryAsContextState:
+    def _filled(self, state: MemoryAsContextState, like: MemoryAsContextState):
         memory = state.memory.memory
         shape = (state.slot.shape[0], 2, self.segment, self.heads, self.head_dim)
-        if self.memory.rule.chunk > 1:
+        if like.memory.memory.base:
             memory = memory._replace(base=memory.began)
         return state._replace(
             memory=state.memory._replace(memory=memory),

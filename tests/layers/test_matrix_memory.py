@@ -468,7 +468,7 @@ def test_what_is_no_rule_or_no_state_is_named():
 
 
 def test_states_of_another_size_are_refused_without_convolutions():
-    with pytest.raises(ValueError, match=r"base\[0\] is \(2, 2, 3, 4\), here \(2, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"weights\[0\] is \(2, 2, 3, 4\), here \(2, 2, 3, 3\)"):
         plain()(X, plain(value_dim=4).start(2))
     with pytest.raises(ValueError, match=r"\(2, 3, 3, 3\)"):
         plain()(X, plain(heads=3, head_dim=3).start(2))

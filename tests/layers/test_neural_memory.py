@@ -268,6 +268,27 @@ def test_a_fresh_state_can_be_donated():
     assert np.isfinite(module.fast[0][...]).all()  # the weights are still there
 
 
+@pytest.mark.parametrize("chunks", [(1, 4), (4, 1)])
+def test_a_memory_goes_on_with_chunks_of_another_length(chunks):
+    """Of one token, whose states do not hold what began the chunk, to four, and back."""
+    first, second = (
+        NeuralMemory(DIM, HEADS, rule=replace(DEEP, chunk=chunk), rngs=nnx.Rngs(3))
+        for chunk in chunks
+    )
+    x = jnp.asarray(inputs(), jnp.float32)
+    _, state = first(x[:, :8])
+    memory = state.memory
+    assert bool(memory.base) == (chunks[0] > 1)
+    y, after = second(x[:, 8:], state)
+    both = state._replace(memory=memory._replace(base=memory.weights))
+    y_2, _ = second(x[:, 8:], both)
+    np.testing.assert_array_equal(y, y_2)
+    assert bool(after.memory.base)
+    again, last = second(x[:, :1], after)
+    assert jax.tree.structure(last) == jax.tree.structure(after)
+    assert np.isfinite(again).all()
+
+
 def test_zeros_have_a_gradient():
     """Nothing to normalise: sizes 0 are where a norm's derivative breaks."""
     graphdef, values = nnx.split(layer(), nnx.Param)
