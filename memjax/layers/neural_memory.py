@@ -211,7 +211,16 @@ class NeuralMemory(nnx.Module):
         Returns:
             [B, T, dim] in the dtype of x.
         """
-        q = unit(jax.nn.silu(constrain(self.query(x), ("batch", "time", "heads", "kv"))))
+        return self.answer(self.ask(x), state, fast)
+
+    def ask(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H K"]:
+        """The queries q of `recall`: what of it does not depend on the memory."""
+        return unit(jax.nn.silu(constrain(self.query(x), ("batch", "time", "heads", "kv"))))
+
+    def answer(
+        self, q: Float[Array, "B T H K"], state: NeuralMemoryState, fast: tuple[Array, ...]
+    ) -> Float[Array, "B T E"]:
+        """The rest of `recall`, with `q = ask(x)`."""
         # Computed again in the backward pass, and its wide layers not kept.
         read = jax.checkpoint(functools.partial(miras.read, self.rule))
         h = read(state.memory._replace(weights=fast), q)

@@ -134,7 +134,7 @@ class MemoryAsContext(nnx.Module):
         state = shell.go_on(self, state, MemoryAsContextState, x.shape[0])
         tokens = self._tokens(x, state, segment_ids, positions)
         if x.shape[1] == 1:
-            return self._piece(tokens, state)
+            return self._piece(self._own(tokens), state, self._prefix(x.dtype))
         rows, whole = PartitionSpec("batch"), PartitionSpec()
         memory = NeuralMemoryState(axes_of(state.memory.memory), rows, rows)
         states = MemoryAsContextState(memory, *[rows] * (len(state) - 1))
@@ -164,9 +164,22 @@ class MemoryAsContext(nnx.Module):
             new = documents.starts(segment_ids, state.segment)
         return Tokens(x, new, segment_ids.astype(jnp.int32), positions.astype(jnp.int32))
 
-    def _by_segments(self, tokens: "Tokens", state: MemoryAsContextState):
+    def _own(self, tokens: "Tokens") -> "Own":
+        """What no segment has to wait for."""
+        x, *rest = tokens
+        q, k = (rotary(to(x), tokens.positions, self.rope_base) for to in (self.query, self.key))
+        return Own(self.memory.ask(x), q, k, self.value(x), *rest)
+
+    def _prefix(self, dtype) -> tuple[Float[Array, "1 P H D"], Float[Array, "1 P H D"]] | None:
+        """Keys and values of the persistent tokens."""
+        if self.persistent is None:
+            return None
+        prefix = self.persistent[...].astype(dtype)[None]
+        return self.key(prefix), self.value(prefix)
+
+    def _by_segments(self, tokens: "Own", state: MemoryAsContextState, prefix):
         """Tokens from the beginning of a segment on: whole segments, then the rest."""
-        length = tokens.x.shape[1]
+        length = tokens.q.shape[1]
         whole = length - length % self.segment
         outputs = []
         if whole:
@@ -177,7 +190,7 @@ class MemoryAsContext(nnx.Module):
                 )
 
             def body(state, tokens):
-                y, state = self._piece(tokens, self._filled(state, given))
+                y, state = self._piece(tokens, self._filled(state, given), prefix)
                 return self._bare(state), y
 
             given = state
@@ -185,7 +198,8 @@ class MemoryAsContext(nnx.Module):
             state = self._filled(state, given)
             outputs.append(jnp.moveaxis(y, 0, 1).reshape(*y.shape[1:2], whole, y.shape[-1]))
         if whole < length:
-            y, state = self._piece(jax.tree.map(lambda z: z[:, whole:], tokens), state)
+            rest = jax.tree.map(lambda z: z[:, whole:], tokens)
+            y, state = self._piece(rest, state, prefix)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
 
@@ -209,19 +223,19 @@ class MemoryAsContext(nnx.Module):
             values=jnp.zeros(shape),
         )
 
-    def _by_tokens(self, tokens: "Tokens", state: MemoryAsContextState):
+    def _by_tokens(self, tokens: "Own", state: MemoryAsContextState, prefix):
         def body(state, token):
-            y, state = self._piece(jax.tree.map(lambda z: z[:, None], token), state)
+            y, state = self._piece(jax.tree.map(lambda z: z[:, None], token), state, prefix)
             return state, y[:, 0]
 
         tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
         state, y = grouped_scan(body, state, tokens)
         return jnp.moveaxis(y, 0, 1), state
 
-    def _piece(self, tokens: "Tokens", state: MemoryAsContextState):
+    def _piece(self, tokens: "Own", state: MemoryAsContextState, prefix):
         """Tokens of one segment: a single one anywhere in it, or several from its start."""
-        x, new, ids, positions = tokens
-        batch, length = x.shape[:2]
+        asked, q, own_k, own_v, new, ids, positions = tokens
+        batch, length = q.shape[:2]
         slot = jnp.where(new[:, 0], 0, state.slot)
         complete = slot + length == self.segment
         recalled = jax.tree.map(
@@ -229,11 +243,10 @@ class MemoryAsContext(nnx.Module):
             state.memory.memory.begin.weights,
             state.recalled,
         )
-        h = self.memory.recall(x, state.memory, recalled)
-        q = rotary(self.query(x), positions, self.rope_base)
-        pair = jnp.concatenate([h, x])  # 2B T E
-        k = rotary(self.key(pair), jnp.concatenate([positions] * 2), self.rope_base)
-        k, v = (jnp.stack(jnp.split(z, 2), axis=1) for z in (k, self.value(pair)))
+        h = self.memory.answer(asked, state.memory, recalled)
+        # Its angles are computed again in the backward pass.
+        turn = jax.checkpoint(functools.partial(rotary, base=self.rope_base))
+        k, v = (turn(self.key(h), positions), own_k), (self.value(h), own_v)
 
         # Several tokens begin the segment and see one another; one looks at the cache as well.
         if length == 1:
@@ -241,20 +254,21 @@ class MemoryAsContext(nnx.Module):
             keys, values = (
                 jnp.where(
                     here[:, None, :, None, None],
-                    z.astype(cache.dtype),
+                    jnp.stack(z, axis=1).astype(cache.dtype),
                     choose(new[:, 0], jnp.zeros_like(cache), cache),
                 )
                 for z, cache in ((k, state.keys), (v, state.values))
             )
             visible = jnp.arange(self.segment) <= slot[:, None, None]
-            y = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), visible)
+            k, v = ((z[:, 0].astype(q.dtype), z[:, 1].astype(q.dtype)) for z in (keys, values))
         else:
             keys, values = (
-                cache.at[:, :, :length].set(z.astype(cache.dtype))
+                cache.at[:, :, :length].set(jnp.stack(z, axis=1).astype(cache.dtype))
                 for z, cache in ((k, state.keys), (v, state.values))
             )
             visible = jnp.tril(jnp.ones((length, length), bool))
-            y = self._attend(q, k, v, jnp.broadcast_to(visible, (batch, length, length)))
+            visible = jnp.broadcast_to(visible, (batch, length, length))
+        y = self._attend(q, k, v, visible, prefix)
         y = constrain(self.output(y), ("batch", "time", "embed"))
         # Chunks are counted from document starts, as segments are.
         aligned = self.segment % self.memory.rule.chunk == 0
@@ -272,19 +286,15 @@ class MemoryAsContext(nnx.Module):
         )
         return self.combine(y, m), state
 
-    def _attend(self, q, k, v, visible):
+    def _attend(self, q, k, v, visible, prefix):
         """Attention over [P | recalled | own]; `visible` of the recalled and of the own tokens."""
         batch, length = q.shape[:2]
-        k, v = (z.reshape(batch, -1, *z.shape[3:]) for z in (k, v))
-        mask = jnp.concatenate([visible, visible], axis=-1)
-        if self.persistent is not None:
-            prefix = self.persistent[...].astype(q.dtype)[None]
-            always = jnp.ones((batch, length, prefix.shape[1]), bool)
-            mask = jnp.concatenate([always, mask], axis=-1)
-            k, v = (
-                jnp.concatenate([jnp.broadcast_to(p, (batch, *p.shape[1:])), z], axis=1)
-                for p, z in ((self.key(prefix), k), (self.value(prefix), v))
-            )
+        masks = [visible, visible]
+        if prefix is not None:
+            first = [jnp.broadcast_to(z, (batch, *z.shape[1:])) for z in prefix]
+            k, v = ((p, *z) for p, z in zip(first, (k, v), strict=True))
+            masks.insert(0, jnp.ones((batch, length, first[0].shape[1]), bool))
+        k, v, mask = (jnp.concatenate(z, axis) for z, axis in ((k, 1), (v, 1), (masks, -1)))
         # Scores are computed again in the backward pass, and not kept for every segment.
         attend = jax.checkpoint(
             lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
@@ -294,17 +304,30 @@ class MemoryAsContext(nnx.Module):
 
 def _read(layer: MemoryAsContext, tokens: "Tokens", state: MemoryAsContextState, aligned):
     """Several tokens; `aligned`: whether segments begin where they should, None = they do."""
+    own, prefix = layer._own(tokens), layer._prefix(tokens.x.dtype)
     if aligned is None:
-        return layer._by_segments(tokens, state)
+        return layer._by_segments(own, state, prefix)
     # What the way not taken would keep for the backward pass is filled with zeros: keep little.
     by_tokens = jax.checkpoint(layer._by_tokens)
-    return jax.lax.cond(aligned, layer._by_segments, by_tokens, tokens, state)
+    return jax.lax.cond(aligned, layer._by_segments, by_tokens, own, state, prefix)
 
 
 class Tokens(NamedTuple):
     """Tokens and where documents start; positions count inside documents."""
 
     x: Float[Array, "B T E"]
+    new: Bool[Array, "B T"]
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+
+
+class Own(NamedTuple):
+    """Tokens as their segments need them: what they ask the memory, and for attention."""
+
+    asked: Float[Array, "B T M K"]
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T H D"]
+    v: Float[Array, "B T H D"]
     new: Bool[Array, "B T"]
     ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
