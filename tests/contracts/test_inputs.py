@@ -41,6 +41,64 @@ def test_what_is_not_finite_stays_in_its_document():
     assert all(bool(jnp.all(jnp.isfinite(w))) for w in after.weights)
 
 
+ONLINE = {
+    "linear_attention": (None, None),
+    "gla": ("channels", None),
+    "gated_delta_net": ("heads", None),
+    "longhorn": (None, None),
+    "rwkv7": ("channels", "channels"),
+    "mesa_net": ("heads", None),
+}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_closed_forms_keep_what_is_not_finite_in_its_document(name):
+    """In tokens, in the state, in documents that begin inside a tile: as the recurrence has it."""
+    rule = getattr(miras.zoo, name)()
+    retain, rates = ONLINE[name]
+    state, q, k, v, _ = scene(rule)
+    channels, heads = jnp.full(k.shape, 0.9), jnp.full(k.shape[:3], 0.5)
+    gates = miras.Gates(
+        lr=channels * 0.3 if rates else heads,
+        retain={None: None, "heads": heads, "channels": channels}[retain],
+        write=k * 0.2 if rates else None,
+    )
+    ids = jnp.asarray([[7] * 3 + [1] * 6 + [2] * 3, [7] * 2 + [3] * 2 + [4] * 8])
+    state = state._replace(segment=jnp.asarray([7, 7]))
+    lost = state._replace(weights=(state.weights[0].at[1].set(jnp.inf),))
+    for given, values in (
+        (state, v.at[0, 4].set(jnp.nan)),
+        (lost, v),
+        (lost, v.at[1, 3, 0, 0].set(jnp.inf)),
+    ):
+        y, after = miras.chunkwise(rule, given, q, k, values, gates, segment_ids=ids, block=4)
+        want, last = miras.recurrent(rule, given, q, k, values, gates, segment_ids=ids)
+        finite = jnp.all(jnp.isfinite(want), axis=-1, keepdims=True)
+        assert not bool(jnp.all(finite))
+        assert jnp.array_equal(jnp.isnan(y), jnp.broadcast_to(~finite, y.shape))
+        assert_close(jnp.where(finite, y, 0), jnp.where(finite, want, 0), 1e-5)
+        assert_close(after.weights, last.weights, 1e-5)
+
+
+def test_kernels_keep_what_is_not_finite_in_its_document():
+    rule, shape = miras.zoo.gated_delta_net(), (1, 24, 2, 64)
+    q, k, v = (jax.random.normal(key, shape) / 8 for key in jax.random.split(jax.random.key(0), 3))
+    state = miras.start(rule, rule.init(jax.random.key(1), 64, 64), 1, 2)
+    gates = miras.Gates(lr=jnp.full(shape[:3], 0.5), retain=jnp.full(shape[:3], 0.9))
+    ids = jnp.asarray([[1] * 9 + [2] * 15])
+    options = {"segment_ids": ids, "implementation": "pallas", "interpret": True}
+    y, surprise, after = miras.trace(
+        rule, state, q, k, v.at[0, 3, 1].set(jnp.nan), gates, **options
+    )
+    whole, losses, last = miras.trace(rule, state, q, k, v, gates, **options)
+    reached = jnp.zeros((1, 24, 2), bool).at[0, 3:9, 1].set(True)
+    assert bool(jnp.all(jnp.isnan(y).all(-1) == reached))
+    assert bool(jnp.all(jnp.isnan(surprise) == reached))
+    assert_close(jnp.where(reached[..., None], 0, y), jnp.where(reached[..., None], 0, whole), 1e-6)
+    assert_close(jnp.where(reached, 0, surprise), jnp.where(reached, 0, losses), 1e-6)
+    assert_close(after.weights, last.weights, 1e-6)
+
+
 @pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
 @pytest.mark.parametrize("step", [miras.momentum(), miras.muon(), miras.chunk_muon()], ids=repr)
 def test_what_is_not_finite_in_any_input_stays_in_its_document(step, form):

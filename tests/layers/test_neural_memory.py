@@ -268,6 +268,18 @@ def test_a_fresh_state_can_be_donated():
     assert np.isfinite(module.fast[0][...]).all()  # the weights are still there
 
 
+@pytest.mark.parametrize("name", ["mesa_net", "gated_delta_net"])
+def test_a_document_inside_a_row_begins_with_what_the_prefix_left(name):
+    """The statistics of MesaNet too."""
+    rule = getattr(miras.zoo, name)()
+    module = NeuralMemory(DIM, HEADS, rule=rule, persistent=3, conv=0, rngs=nnx.Rngs(0))
+    x = jnp.asarray(inputs(), jnp.float32)
+    ids = jnp.asarray([[0] * 4 + [1] * (TIME - 4)] * 2)
+    y, _ = module(x, segment_ids=ids)
+    alone, _ = module(x[:, 4:])
+    close(y[:, 4:], np.asarray(alone, np.float64), 1e-5)
+
+
 @pytest.mark.parametrize("chunks", [(1, 4), (4, 1)])
 def test_a_memory_goes_on_with_chunks_of_another_length(chunks):
     """Of one token, whose states do not hold what began the chunk, to four, and back."""

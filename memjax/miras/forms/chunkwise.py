@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from memjax import documents, sharding
 from memjax.miras import checks, features
-from memjax.miras.forms import by_token, dual, kernels, linear, normal, shards
+from memjax.miras.forms import by_token, dual, isolation, kernels, linear, normal, shards
 from memjax.miras.forms.inputs import as_given, check
 from memjax.miras.forms.remat import in_groups
 from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
@@ -63,8 +63,8 @@ def chunkwise(
     fastest where chunks and documents begin at multiples of `block` (other places are as exact,
     at up to three times the work for the whole call).
 
-    What is not finite in a token reaches, besides its document from there on, the other tokens of
-    its tile in the closed forms (`recurrent`: it does not); never another row.
+    What is not finite in a token or in the state stays in its document, but for closed forms whose
+    time axis is split over devices; what overflows on the way may reach the row's next documents.
 
     Args:
         rule: the memory.
@@ -169,7 +169,10 @@ def trace(
         starts = None
         if segment_ids is not None:
             starts = documents.starts(segment_ids, state.segment)
-        y, surprises, state = run(state, q, k, v, gates, starts)
+        if starts is not None and closed:
+            y, surprises, state = isolation.contained(run, rule, state, q, k, v, gates, starts)
+        else:
+            y, surprises, state = run(state, q, k, v, gates, starts)
         if starts is not None:
             state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
         return y, surprises, state

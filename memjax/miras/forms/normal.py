@@ -74,9 +74,9 @@ def token(rule, state, weights, velocity, q, k, v, gates, compute):
 
 def run(rule, state, tiles, *, restarts: bool, compute: jnp.dtype, loss: bool):
     """All tiles of a call: (y [N, B, H, C, V], loss [N, B, H, C] or None, state)."""
-    (begin,) = state.begin.weights
+    begin = (*state.begin.weights, *state.begin.momentum)
     head = functools.partial(_tile, rule, compute=compute, loss=loss)
-    over_heads = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None))
+    over_heads = jax.vmap(head, in_axes=(0, 0, (0, 0), 0, 0, 0, 0, 0, None, None))
     over_rows = jax.vmap(over_heads, in_axes=(0, 0, None, None, 0, 0, 0, 0, 0, 0))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -98,6 +98,7 @@ def _tile(
     rule, weights, statistics, begin, diagonal, q, k, v, gates, live, document, *, compute, loss
 ):
     """One tile of one head, q, k [C, K], v [C, V], gates [C]: ((G, H), (y, loss))."""
+    begin, begin_statistics = begin
     dtype = weights.dtype
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     order = jnp.arange(live.shape[0])
@@ -113,8 +114,12 @@ def _tile(
             return jnp.where(mask, between * lr * matmul(x, k.T, compute=dtype), 0)
 
         def matvec(x):
-            old = jnp.where(carried, prefix[:, None] * matmul(x, statistics, compute=dtype), 0)
-            return old + matmul(share(x), k, compute=dtype) + diagonal * x
+            old = jnp.where(
+                carried,
+                matmul(x, statistics, compute=dtype),
+                matmul(x, begin_statistics, compute=dtype),
+            )
+            return prefix[:, None] * old + matmul(share(x), k, compute=dtype) + diagonal * x
 
         x = solve(matvec, x, rule.learner.steps)
         old = jnp.where(
@@ -133,5 +138,5 @@ def _tile(
     scaled = (own[:, None] * k).T
     goes_on = document[-1] == 0
     weights = prefix[-1] * jnp.where(goes_on, weights, begin) + matmul(scaled, v, compute=compute)
-    old = jnp.where(goes_on, prefix[-1] * statistics, 0)
+    old = prefix[-1] * jnp.where(goes_on, statistics, begin_statistics)
     return (weights, old + matmul(scaled, k, compute=dtype)), (y, found)
