@@ -11,8 +11,8 @@ by part and operation, traffic between devices, kernels, the predicted time and 
 TPU is needed, `pip install "memjax[tpu]"` is. Docs: docs/tpu.md.
 """
 
-import json
 import os
+import re
 import shlex
 import sys
 
@@ -49,9 +49,11 @@ def main() -> int:
     config = CONFIG.value
     for pair in MESH.value:
         name, _, size = pair.partition("=")
-        if name not in config.mesh or not size.lstrip("-").isdecimal():
+        if name not in config.mesh or not re.fullmatch("-?[0-9]+", size):
             raise ValueError(f"--mesh={pair}: give sizes of {', '.join(config.mesh)}, as fsdp=16")
         config.mesh[name] = int(size)
+    runs = os.path.join("runs", "compile")
+    report.check_writable(OUT.value or runs)  # compiling takes minutes
     found = report.analyse(
         config,
         TOPOLOGY.value,
@@ -61,9 +63,9 @@ def main() -> int:
     )
     name = "-".join(f"{axis}{size}" for axis, size in found.mesh.items())
     slug = f"{'-'.join(config.model.pattern)}-{KIND.value}-{TOPOLOGY.value}-{name}"
-    out = OUT.value or os.path.join("runs", "compile", slug.replace(":", "-"))
+    out = OUT.value or os.path.join(runs, slug.replace(":", "-"))
+    print(show.text(found), flush=True)
     paths = report.write(found, out, shlex.join(["python", *sys.argv]))
-    print(show.text(found))
     print(f"written: {', '.join(paths)}")
     return 0 if found.fits else 3
 
@@ -71,14 +73,7 @@ def main() -> int:
 def compare(directories: list[str]) -> int:
     if len(directories) != 2:
         raise ValueError(f"--compare takes two directories, got {len(directories)}")
-    reports = []
-    for directory in directories:
-        path = os.path.join(directory, "report.json")
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} does not exist: make it with --out={directory}")
-        with open(path, encoding="utf-8") as file:
-            reports.append(json.load(file))
-    print(show.compare(reports), end="")
+    print(show.compare([report.read(directory) for directory in directories]), end="")
     return 0
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -111,7 +112,9 @@ def make_mesh(
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # a slice none of whose axes' products are these sizes
         placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(placed, MESH_AXES, axis_types=types)
+    except AssertionError:  # no box of a slice, which has no better order than theirs
+        placed = np.array(devices).reshape(shape)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def _sizes(sizes: dict[str, int]) -> str:

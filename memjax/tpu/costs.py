@@ -1,5 +1,6 @@
 """What each instruction of a compiled module costs a device: cycles, operations, bytes, traffic."""
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -85,9 +86,32 @@ def costs(module: hlo.Module) -> list[Cost]:
     Args:
       module: of `hlo.parse`.
     """
-    return [
-        _cost(module, one) for one in hlo.executed(module) if one.instruction.opcode not in _FREE
-    ]
+    executed = [one for one in hlo.executed(module) if one.instruction.opcode not in _FREE]
+    channels = [_channel(module, one) for one in executed]
+    fused, found = collections.Counter(channels), []
+    for one, channel in zip(executed, channels, strict=True):
+        cost = _cost(module, one)
+        if channel is not None and fused[channel] != 1:
+            # Begun in one fusion, carried on in others beside their work, ended in a last one.
+            if fused[channel] > 1:
+                traffic = cost.collective._replace(asynchronous=True)
+                found.append(cost._replace(cycles=0, flops=0, bytes=0, collective=traffic))
+                fused[channel] = 0
+            moved = _bytes(module, module.by_name[one.computation], one.instruction)
+            cost = cost._replace(bytes=moved * one.times, collective=None)
+        found.append(cost)
+    return found
+
+
+def _channel(module: hlo.Module, one: hlo.Executed) -> tuple[str, str] | None:
+    """Which collective a fusion takes part in, None where in none."""
+    if one.instruction.opcode == "fusion":
+        for name in one.instruction.called("calls"):
+            for inner in module.computations.get(name, ()):
+                if inner.opcode.removesuffix("-start") in COLLECTIVES:
+                    number = re.search(r"channel_id=(\d+)", inner.attributes)
+                    return None if number is None else (one.computation, number[1])
+    return None
 
 
 def kernel_name(instruction: str) -> str:

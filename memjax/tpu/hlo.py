@@ -18,6 +18,7 @@ BYTES = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 
 
@@ -151,7 +152,7 @@ def parse(text: str) -> Module:
                 name = head[1]
                 computations[name] = []
                 entry = name if line.startswith("ENTRY") else entry
-        elif line == "}":
+        elif _END.match(line):
             name = None
         elif found := _LINE.match(line):
             computations[name].append(_instruction(*found.groups()))
@@ -164,7 +165,7 @@ def _logical_lines(text: str) -> Iterator[str]:
     """Lines, those that attributes of a kernel spread over several put together again."""
     held = None
     for line in text.splitlines():
-        begins = _LINE.match(line) or _HEAD.match(line) or line in ("", "}")
+        begins = not line or _LINE.match(line) or _HEAD.match(line) or _END.match(line)
         if held is not None and begins:
             yield held
             held = None

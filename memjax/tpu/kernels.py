@@ -40,6 +40,7 @@ class Schedule:
       grid: its steps.
       cores: over which a parallel dimension of the grid is split.
       use: of each unit the share of its slots that are taken.
+      flops: of the matrix products of one call, masked halves and padding included.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Schedule:
     grid: tuple[int, ...]
     cores: int
     use: dict[str, float]
+    flops: int
 
     @property
     def cycles(self) -> int:
@@ -107,7 +109,12 @@ def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
         measured = json.loads(done.stdout.splitlines()[-1])
     return {
         name: Schedule(
-            name, measured[name]["rows"], _grid(one), _cores(one, chip), measured[name]["use"]
+            name,
+            measured[name]["rows"],
+            _grid(one),
+            _cores(one, chip),
+            measured[name]["use"],
+            operations.products_of(one),
         )
         for name, one in found.items()
         if name in measured

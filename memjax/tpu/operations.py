@@ -15,19 +15,24 @@ def products(jaxpr: Any) -> int:
     Args:
       jaxpr: such as `jax.make_jaxpr(f)(x)` or `jax.jit(f).trace(x).jaxpr`.
     """
-    total = 0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, parameters = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = parameters["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        elif name == "cond":
-            total += products(parameters["branches"][-1])
-        else:
-            total += _times(name, parameters) * sum(map(products, inside(equation)))
-    return total
+    return sum(map(products_of, getattr(jaxpr, "jaxpr", jaxpr).eqns))
+
+
+def products_of(equation: Any) -> int:
+    """`products` of one equation.
+
+    Args:
+      equation: of a jaxpr.
+    """
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        inner = math.prod(left[axis] for axis in contracted)
+        return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    if name == "cond":
+        return products(parameters["branches"][-1])
+    return _times(name, parameters) * sum(map(products, inside(equation)))
 
 
 def _times(name: str, parameters: dict[str, Any]) -> int:

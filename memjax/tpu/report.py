@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
@@ -179,7 +180,7 @@ def analyse(
         found,
         chip,
         schedules=schedules,
-        memory=memory(arguments, compiled.memory_analysis(), chip),
+        memory=memory(steps.placed(arguments, compiled), compiled.memory_analysis(), chip),
         useful=useful,
         title=f"{'-'.join(run.model.pattern)}, {run.parameters:,} parameters",
         kind=kind,
@@ -315,7 +316,8 @@ def summarise(
 def _with_schedule(cost: costs.Cost, schedules: dict[str, kernels.Schedule]) -> costs.Cost:
     if cost.kernel not in schedules:
         return cost
-    return cost._replace(cycles=schedules[cost.kernel].cycles * cost.times)
+    one = schedules[cost.kernel]
+    return cost._replace(cycles=one.cycles * cost.times, flops=one.flops * cost.times)
 
 
 def _operation(cost: costs.Cost) -> str:
@@ -388,6 +390,25 @@ def to_dict(report: Report) -> dict[str, Any]:
     return {**dataclasses.asdict(report), "fits": report.fits}
 
 
+def check_writable(directory: str) -> None:
+    """Raises an OSError where `write` could not, before what it writes took minutes to make.
+
+    Args:
+      directory: need not be there, and is not made.
+    """
+    nearest = os.path.abspath(directory)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"no report can be written to {directory} ({nearest}: {error.strerror}):"
+            " give another directory as --out"
+        ) from error
+
+
 def write(report: Report, directory: str, command: str) -> list[str]:
     """Writes `report.json`, `report.txt` and, with matplotlib, `report.png`.
 
@@ -407,3 +428,26 @@ def write(report: Report, directory: str, command: str) -> list[str]:
         file.write(f"{command}\n\n{show.text(report)}")
     chip, _ = parse(report.topology)
     return paths if show.figure(report, chip, paths[2]) else paths[:2]
+
+
+def read(directory: str) -> dict[str, Any]:
+    """What `report.json` holds, as `show.compare` takes it.
+
+    Args:
+      directory: of `write`.
+
+    Raises:
+      ValueError: it is not there, or does not hold a report.
+    """
+    path = os.path.join(directory, "report.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist: make it with --out={directory}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        show.compare([found, found])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} does not hold a report: make it again with --out={directory}"
+        ) from error
+    return found

@@ -5,9 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from memjax import sharding
 from memjax.models import generation
 from memjax.training import Run
 
@@ -24,7 +22,7 @@ def trace(run: Run, kind: str, *, batch: int | None = None) -> tuple[Any, dict[s
       batch: rows to decode; by default those of a training step.
 
     Returns:
-      (what `jax.jit(f).trace` gives, its arguments by name).
+      (what `jax.jit(f).trace` gives, its arguments by name; see `placed`).
 
     Raises:
       ValueError: an unknown kind, or rows that the mesh does not divide.
@@ -41,30 +39,40 @@ def trace(run: Run, kind: str, *, batch: int | None = None) -> tuple[Any, dict[s
 
 def _decode(run: Run, batch: int) -> tuple[Any, dict[str, Any]]:
     run.check_rows("batch", batch)
-    rows = sharding.spec(("batch",), run.mesh)[0]
-
-    def place(path, leaf):
-        # the states of blocks are stacked by layer; what else there is begins with the rows
-        stacked = "blocks" in jax.tree_util.keystr(path)
-        axis = 1 if stacked else 0
-        split = leaf.ndim > axis and leaf.shape[axis] == batch
-        axes = [rows if split and i == axis else None for i in range(leaf.ndim)]
-        placed = NamedSharding(run.mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
+    # Nothing lays out what generation carries from token to token but the programs that make it:
+    # state and token bear no shardings here, so that the compiler's are theirs (`placed`).
     state = jax.eval_shape(
         lambda params: nnx.merge(run.graphdef, params).start(batch), run.abstract_params
     )
-    state = jax.tree_util.tree_map_with_path(place, state)
-    token = jax.ShapeDtypeStruct(
-        (batch,), jnp.int32, sharding=NamedSharding(run.mesh, PartitionSpec(rows))
-    )
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(
-        key.shape, key.dtype, sharding=NamedSharding(run.mesh, PartitionSpec())
-    )
     with jax.set_mesh(run.mesh):
         traced = generation.step.trace(
             run.graphdef, run.abstract_params, state, token, key, generation.GREEDY
         )
     return traced, {"parameters": run.abstract_params, "state": state, "batch": token}
+
+
+def placed(arguments: dict[str, Any], compiled: Any) -> dict[str, Any]:
+    """The arguments of a step with the shardings that it was compiled for.
+
+    Args:
+      arguments: of `trace`.
+      compiled: what `trace(...)[0].lower().compile()` gives.
+
+    Returns:
+      The same with a sharding on every leaf; None in place of a part of the state that the compiled
+      step does not read, and so is not passed.
+    """
+    if "state" not in arguments:
+        return arguments  # of training, with shardings from the start
+    _, *chosen, _ = compiled.input_shardings[0]
+
+    def place(leaf, sharding):
+        if sharding is None:
+            return None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    names = ("state", "batch")
+    found = jax.tree.map(place, tuple(arguments[name] for name in names), tuple(chosen))
+    return {**arguments, **dict(zip(names, found, strict=True))}

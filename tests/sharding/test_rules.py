@@ -85,6 +85,16 @@ def test_a_mesh_may_split_the_axes_of_a_slice(sizes, neighbours):
         assert all(max(places) - min(places) < neighbours for places in (rows, columns))
 
 
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+def test_a_mesh_of_the_first_few_devices_of_a_slice(kind):
+    """Three of 2 x 2 chips are no box, and stay in their order."""
+    chips = [Chip(2 * y + x, (x, y, 0), device_kind=kind) for y in range(2) for x in range(2)]
+    mesh = sharding.make_mesh(data=3, devices=chips)
+    assert mesh.devices.shape == (3, 1, 1, 1)
+    assert list(mesh.devices.flat) == chips[:3]
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+
+
 def test_spec_reads_the_table():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     assert sharding.spec(("embed", "heads"), mesh) == PartitionSpec("fsdp", "tensor")

@@ -184,3 +184,37 @@ def test_a_module_that_was_compiled_here():
     ]
     assert loops == [7]
     assert {one.times for one in hlo.executed(module)} == {1, 7}
+
+
+SHARED = """\
+HloModule shared
+
+%begin (p: bf16[128,64]) -> bf16[256,64] {
+  %p = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[256,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%beside (q: bf16[128,64], a: bf16[128,128], b: bf16[128,128]) -> bf16[128,128] {
+  %q = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %a = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %b = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %all-gather.2 = bf16[256,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %product = bf16[128,128]{1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=bf_io->bf
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[128,64], y: bf16[128,128]) -> bf16[128,128] {
+  %x = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %start = bf16[256,64]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%begin, metadata={op_name="jit(step)/head/all_gather"}
+  ROOT %work = bf16[128,128]{1,0:T(8,128)(2,1)} fusion(%x, %y, %y), kind=kOutput, calls=%beside, metadata={op_name="jit(step)/mixer.lmm/dot_general"}, backend_config={"estimated_cycles":"500"}
+}
+"""  # noqa: E501
+
+
+def test_a_collective_in_several_fusions_is_one_and_their_work_is_counted():
+    found = costs.costs(hlo.parse(SHARED))
+    (traffic,) = [cost for cost in found if cost.collective]
+    assert traffic.collective == costs.Collective("all-gather", 2 * 128 * 64 * 2, 2, True)
+    assert (traffic.part, traffic.cycles, traffic.flops, traffic.bytes) == ("head", 0, 0, 0)
+    work = [cost for cost in found if cost.name == "work"]
+    assert [(cost.cycles, cost.flops) for cost in work] == [(500, 2 * 128**3)]

@@ -51,7 +51,7 @@ def test_schedules_are_read():
     rows, use = kernels.read_schedule(TABLE)
     assert rows == 4
     assert use == {"MXU": 0.5, "XLU": 0.25, "VALU": 3 / 16}
-    one = kernels.Schedule("k", rows, (3, 2), 2, use)
+    one = kernels.Schedule("k", rows, (3, 2), 2, use, 10)
     assert one.cycles == 12
     with pytest.raises(ValueError, match="no schedule"):
         kernels.read_schedule("something else")

@@ -6,8 +6,11 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 from memjax import training
+from memjax.models import generation
 from memjax.tpu import chips, costs, hlo, kernels, report, show, steps
 from tests.training import helpers
 
@@ -39,7 +42,7 @@ def summary(**changes):
         "devices": 4, "versions": {"jax": "1"}, "model_parameters": 7, "rows": 8, "tokens": 4_000,
     }  # fmt: skip
     held = {"parameters": 2**28, "temporaries": 2**29, "total": 3 * 2**28, "capacity": 2**30}
-    schedules = {"wave": kernels.Schedule("wave", 25, (4, 2), 1, {"MXU": 0.5})}
+    schedules = {"wave": kernels.Schedule("wave", 25, (4, 2), 1, {"MXU": 0.5}, 1_000)}
     return report.summarise(
         found, CHIP, schedules=schedules, memory=held | changes, useful=6e5, **described
     )
@@ -51,8 +54,8 @@ def test_sums_by_hand():
     assert found.seconds["compute"] == pytest.approx(2.0)
     assert found.seconds["collectives"] == pytest.approx(3 * 8_000 * 0.75 / 1e4)
     assert found.seconds["step"] == pytest.approx(3.8)
-    assert found.seconds["floor"] == pytest.approx(1.2), "operations: 1.2 million at a million"
-    assert found.utilisation["hardware"] == pytest.approx(1.2 / 3.8)
+    assert found.seconds["floor"] == pytest.approx(1.202), "at a million: 1.2 and a kernel's 0.002"
+    assert found.utilisation["hardware"] == pytest.approx(1.202 / 3.8)
     assert found.utilisation["model"] == pytest.approx(0.6 / 3.8)
     assert found.guessed == pytest.approx(900 / 2000)
     assert found.fits
@@ -61,7 +64,7 @@ def test_sums_by_hand():
     forward, backward = (
         next(p for p in found.parts if (p.name, p.backward) == ("mixer.lmm", b)) for b in (0, 1)
     )
-    assert (forward.cycles, forward.flops, forward.bytes) == (1000, 400_000, 10_000)
+    assert (forward.cycles, forward.flops, forward.bytes) == (1000, 402_000, 10_000)
     assert (backward.bound, backward.floor) == ("compute", pytest.approx(0.8))
     assert found.parts[-1].bound == "memory"
     assert [part.name for part in found.operations] == [
@@ -142,6 +145,7 @@ def test_the_training_step_is_the_one_that_trains(run):
 def test_the_decoding_step_and_its_memory(run):
     traced, arguments = steps.trace(run, "decode", batch=8)
     compiled = traced.lower().compile()
+    arguments = steps.placed(arguments, compiled)
     held = report.memory(arguments, compiled.memory_analysis(), chips.CHIPS["v5e"])
     each = sum(x.size for x in jax.tree.leaves(run.shapes)) * 4
     assert each / 8 <= held["parameters"] <= each
@@ -151,6 +155,40 @@ def test_the_decoding_step_and_its_memory(run):
         steps.trace(run, "decode", batch=6)
     with pytest.raises(ValueError, match="kind 'predict' must be one of"):
         steps.trace(run, "predict")
+
+
+def test_the_decoding_step_is_the_one_that_generates(tmp_path):
+    """What it is compiled for is what comes out of `prefill`; as many rows as heads."""
+    rows = 4
+    config = helpers.config(
+        helpers.write_corpus(tmp_path / "corpus"), mesh={"data": 2, "fsdp": 2, "tensor": 2},
+        model={"pattern": ("lmm", "transformer"), "layers": 2, "dim": 32, "heads": rows},
+    )  # fmt: skip
+    run = training.build(config, devices=jax.devices())
+    params = jax.tree.map(
+        lambda x: jax.device_put(jnp.full(x.shape, 0.01, x.dtype), x.sharding), run.abstract_params
+    )
+    with jax.set_mesh(run.mesh):
+        graphdef, values = nnx.split(nnx.merge(run.graphdef, params))
+        state = jax.tree.map(jnp.copy, nnx.merge(graphdef, values).start(rows))
+        _, state = generation.prefill(graphdef, values, state, jnp.ones((rows, 2), jnp.int32), 2)
+    traced, arguments = steps.trace(run, "decode", batch=rows)
+    arguments = steps.placed(arguments, traced.lower().compile())
+    found, wanted = (
+        {
+            jax.tree_util.keystr(path): x.sharding.spec
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (arguments["state"], state)
+    )
+    memory = ".blocks[0].memory"
+    over = ("data", "fsdp")
+    assert found[f"{memory}.weights[0]"] == PartitionSpec(None, over, "tensor")
+    assert found[f"{memory}.begin.weights[0]"] == PartitionSpec(None, "tensor")
+    assert found[".blocks[1].cache.keys"] == PartitionSpec(None, over, None, "tensor")
+    # all but the count of tokens, which a fresh state has on every device
+    assert found.keys() <= wanted.keys()
+    assert {name for name in found if found[name] != wanted[name]} <= {".seen"}
 
 
 def test_useful_operations_leave_out_what_is_computed_again():
