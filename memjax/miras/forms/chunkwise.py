@@ -63,8 +63,9 @@ def chunkwise(
     fastest where chunks and documents begin at multiples of `block` (other places are as exact,
     at up to three times the work for the whole call).
 
-    What is not finite in a token or in the state stays in its document, but for closed forms whose
-    time axis is split over devices; what overflows on the way may reach the row's next documents.
+    What is not finite in a token or in the state stays in its document. Where a kernel of a closed
+    form computes it, it may reach the later documents of the row in this call, and where the time
+    axis is split over devices those of later calls too; never another row.
 
     Args:
         rule: the memory.
@@ -151,7 +152,8 @@ def trace(
         checks.whole("remat", remat, least=0)
     if block > rule.chunk and not closed:
         raise ValueError(f"block {block} must be between 1 and the rule's chunk {rule.chunk}")
-    if kernels.wanted(rule, state, q, v, gates, implementation, loss=loss):
+    kernel = kernels.wanted(rule, state, q, v, gates, implementation, loss=loss)
+    if kernel:
         run = functools.partial(_by_kernel, aligned=aligned, unit=unit, interpret=interpret)
     else:
         run = functools.partial(_by_tiles, remat=remat, aligned=aligned, unit=unit)
@@ -169,10 +171,12 @@ def trace(
         starts = None
         if segment_ids is not None:
             starts = documents.starts(segment_ids, state.segment)
-        if starts is not None and closed:
-            y, surprises, state = isolation.contained(run, rule, state, q, k, v, gates, starts)
-        else:
+        if starts is None or not closed:
             y, surprises, state = run(state, q, k, v, gates, starts)
+        elif kernel:
+            y, surprises, state = run(isolation.begun(state, starts), q, k, v, gates, starts)
+        else:
+            y, surprises, state = isolation.contained(run, rule, state, q, k, v, gates, starts)
         if starts is not None:
             state = state._replace(segment=segment_ids[:, -1].astype(jnp.int32))
         return y, surprises, state

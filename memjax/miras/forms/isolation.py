@@ -81,6 +81,21 @@ def contained(
     return y, loss, after
 
 
+def begun(state: State, starts: Bool[Array, "B T"]) -> State:
+    """The state before a call, at W_0 by selection in rows whose first token begins a document.
+
+    A kernel masks it by multiplication; what is not finite then stays in the calls of its document.
+    """
+
+    def rows(now, begin):
+        return jax.tree.map(lambda x, x_0: jnp.where(_beside(starts[:, 0], x), x_0, x), now, begin)
+
+    weights = rows(state.weights, state.begin.weights)
+    return state._replace(
+        base=weights, weights=weights, momentum=rows(state.momentum, state.begin.momentum)
+    )
+
+
 def _not_finite(x: Array, axes: int) -> Bool[Array, "*N"]:
     """Whether anything is not finite in x, but for its first axes."""
     return ~jnp.all(jnp.isfinite(x), axis=tuple(range(axes, x.ndim)))
