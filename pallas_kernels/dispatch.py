@@ -12,6 +12,7 @@ from pallas_kernels import sequence
 from pallas_kernels.blocks import Blocks
 
 LANES = 128  # of a vector register
+WIDEST = 256  # channels of a head that the table of sizes has
 # Chips of the table of sizes, by what JAX calls their devices.
 CHIPS = {
     "TPU v5 lite": "v5e",
@@ -117,12 +118,11 @@ def plan(
         larger: how many times the VMEM of what the table is of the call takes.
         chip: whose sizes; None = of the chip that is compiled for.
     """
-    decay = {None: "none", 3: "head", 4: "channel"}[None if log_decay is None else log_decay.ndim]
+    decay = _decay(log_decay)
     dims = q.shape[3], v.shape[3]
     if blocks is None:
         blocks = tables.find(name, decay, max(dims), chip or here())
-        if q.dtype == jnp.float32:  # the table is of bf16
-            larger *= 2
+        larger *= _larger(dims, q.dtype)
         fewer = (None if n is None else max(1, int(n / larger)) for n in blocks[2:])
         tiles = 1 if chunk is not None and larger > 1 else blocks.tiles
         blocks = Blocks(blocks.block, tiles, *fewer)
@@ -144,6 +144,36 @@ def plan(
         q.dtype,
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )
+
+
+def _decay(log_decay) -> str:
+    """What the table calls a decay of [B, T, H], of [B, T, H, K], or None."""
+    return {None: "none", 3: "head", 4: "channel"}[None if log_decay is None else log_decay.ndim]
+
+
+def _larger(dims, dtype) -> float:
+    """How many times the VMEM of a head of the table a head takes: its rows are of bf16, to 256."""
+    key, value = (-(-dim // LANES) * LANES / WIDEST for dim in dims)
+    return max(1.0, key, value, key * value) * (2 if dtype == jnp.float32 else 1)
+
+
+def fits(name: str, heads: int, dims, log_decay, dtype, chip: str | None = None) -> bool:
+    """Whether a step of an affine op is known to fit in VMEM, forward and backward.
+
+    A step of the table is, and so is one of no more heads that are no larger. Heads that fill
+    registers only together can make it take more: 16 of 200 channels.
+
+    Args:
+        name: "delta_rule" or "linear_attention".
+        heads: of a device.
+        dims: K and V.
+        log_decay: like what the op takes, or None.
+        dtype: of q.
+        chip: whose sizes; None = of the chip that is compiled for.
+    """
+    blocks = tables.find(name, _decay(log_decay), max(dims), chip or here())
+    most = min(n for n in blocks[2:] if n is not None) / _larger(dims, dtype)
+    return heads_of_step(heads, dims, 1) <= most
 
 
 def heads_of_step(heads: int, dims, most: int) -> int:

@@ -158,6 +158,8 @@ def _check(
     dispatch.check_tokens(q, k, v, state, None, None, "after")
     shapes = ((batch, heads, dim_k, hidden), (batch, heads, hidden, dim_v))
     for name, pair in (("weights", weights), ("velocity", velocity)):
+        if pair is not None and len(pair) != 2:
+            raise ValueError(f"{name} must be a pair like weights, not {len(pair)} arrays")
         for x, shape in zip(pair or (), shapes, strict=False):
             if x.shape != shape or x.dtype != jnp.float32:
                 raise ValueError(f"{name} {x.dtype}{x.shape} must be float32{shape}")
@@ -166,6 +168,8 @@ def _check(
     for name, gate in (("lr", lr), ("log_momentum", log_momentum), ("log_retain", log_retain)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {gate.shape} must be [B, T, H] = {q.shape[:3]}")
+    if norm is not None and len(norm) != 2:
+        raise ValueError(f"norm must be (scale, bias), not {len(norm)} arrays")
     for x in norm or ():
         if x.shape != (heads, dim_v):
             raise ValueError(f"norm {x.shape} must be scale and bias [H, V] = {(heads, dim_v)}")
@@ -175,9 +179,9 @@ def _check(
         if starts is None:
             raise ValueError("initial is what documents begin from: give starts too")
         wanted = [x.shape[1:] for x in (*weights, *(velocity or ()))]
-        if [x.shape for x in initial] != wanted:
-            raise ValueError(f"initial {[x.shape for x in initial]} must be {wanted}")
-    if starts is not None and starts.shape != (batch, -(-q.shape[1] // chunk)):
-        raise ValueError(
-            f"starts {starts.shape} must be one a chunk: {(batch, -(-q.shape[1] // chunk))}"
-        )
+        if [x.shape for x in initial] != wanted or any(x.dtype != jnp.float32 for x in initial):
+            given = [f"{x.dtype}{x.shape}" for x in initial]
+            raise ValueError(f"initial {given} must be float32 {wanted}")
+    chunks = (batch, -(-q.shape[1] // chunk))
+    if starts is not None and (starts.shape != chunks or starts.dtype != jnp.bool_):
+        raise ValueError(f"starts {starts.dtype}{starts.shape} must be bool, one a chunk: {chunks}")

@@ -116,7 +116,7 @@ def _prepared(x, weight, before, starts):
     channels = max(c for c in range(LANES, CHANNELS + 1, LANES) if x.shape[2] % c == 0)
     since = None
     if starts is not None:
-        since = jnp.pad(_since(starts), ((0, 0), (0, more)), constant_values=EDGE)
+        since = jnp.pad(_since(starts), ((0, 0), (0, more)))  # what is added sees nothing
         since = since.reshape(x.shape[0], -1, block // STRIP, STRIP).astype(jnp.float32)
     return block, channels, more, x, _above(x, block, before), since
 
@@ -157,7 +157,7 @@ def _backward(plan: Plan, x, weight, before, starts, by):
     documents = []
     if since is not None:
         first = since[:, 1:, :1, :EDGE]  # of the rows after each block
-        ends = jnp.full((x.shape[0], 1, 1, EDGE), float(EDGE), jnp.float32)
+        ends = jnp.zeros((x.shape[0], 1, 1, EDGE), jnp.float32)
         documents = [since, jnp.concatenate([first, ends], axis=1)]
     tokens, edge, of_weight, strips = _specs(block, channels, width, block // STRIP)
     after = pl.BlockSpec((None, None, 1, EDGE), lambda b, e, n: (b, n, 0, 0))
@@ -190,20 +190,21 @@ def _taps(x, width: int):
 
 
 def _seen(since, width: int):
-    """Of every tap 1 where it sees a token of the same document, else 0: of [1, R], [R, 1]."""
+    """Of every tap whether it sees a token of its document, None = always: of [1, R], [R, 1]."""
     if since is None:
         return [None] * width
     since = jnp.swapaxes(since, 0, 1)
-    return [None, *((since >= s).astype(jnp.float32) for s in range(1, width))]
+    return [None, *(since >= s for s in range(1, width))]
 
 
-def _times(x, mask):
-    return x if mask is None else x * mask
+def _where(seen, rows):
+    """The rows of every tap, zeros where it does not see: not a product, which keeps a NaN."""
+    pairs = zip(seen, rows, strict=True)
+    return [x if mask is None else jnp.where(mask, x, 0.0) for mask, x in pairs]
 
 
-def _sum(taps, weight, seen):
-    terms = [weight[s : s + 1] * _times(tap, seen[s]) for s, tap in enumerate(taps)]
-    return functools.reduce(jnp.add, terms)
+def _sum(taps, weight):
+    return functools.reduce(jnp.add, [weight[s : s + 1] * tap for s, tap in enumerate(taps)])
 
 
 def _sigmoid(z):
@@ -218,7 +219,7 @@ def _forward_kernel(plan: Plan, documents: bool, x_ref, edge_ref, weight_ref, *r
         x = x_ref[_rows(i), :].astype(jnp.float32)
         since = since_ref[0][pl.ds(i, 1), :] if documents else None
         taps = _taps(jnp.concatenate([above, x]), weight.shape[0])
-        z = _sum(taps, weight, _seen(since, weight.shape[0]))
+        z = _sum(_where(_seen(since, weight.shape[0]), taps), weight)
         y_ref[_rows(i), :] = (z * _sigmoid(z) if plan.silu else z).astype(y_ref.dtype)
         return x[STRIP - EDGE :]
 
@@ -237,34 +238,30 @@ def _backward_kernel(
     def _():
         by_weight_ref[...] = jnp.zeros_like(by_weight_ref)
 
-    def inner(taps, by, seen):
+    def inner(taps, by):
         """`d` of some rows."""
         if not plan.silu:
             return by
-        z = _sum(taps, weight, seen)
+        z = _sum(taps, weight)
         s = _sigmoid(z)
         return by * (s * (1.0 + z * (1.0 - s)))
 
     def last(rows):
         return x_ref[rows, :].astype(jnp.float32)[STRIP - EDGE :]
 
-    def shifted(d, seen):
-        """What every tap takes of d, zero where it does not see."""
-        return [_times(d, mask) for mask in seen]
-
     ends = _rows(strips - 1)
-    taps = _taps(jnp.concatenate([last(ends), later_ref[...]]), width)
     seen = _seen(since_refs[1][...] if documents else None, width)
-    below = shifted(inner(taps, later_by_ref[...], seen), seen)
+    taps = _where(seen, _taps(jnp.concatenate([last(ends), later_ref[...]]), width))
+    below = _where(seen, [inner(taps, later_by_ref[...])] * width)
 
     def strip(back, carry):
         below, sums = carry
         i = strips - 1 - back
         x, by = (ref[_rows(i), :].astype(jnp.float32) for ref in (x_ref, by_ref))
         above = jnp.where(i == 0, edge_ref[...], last(_rows(jnp.maximum(i - 1, 0))))
-        taps = _taps(jnp.concatenate([above, x]), width)
         seen = _seen(since_refs[0][pl.ds(i, 1), :] if documents else None, width)
-        ours = shifted(inner(taps, by, seen), seen)
+        taps = _where(seen, _taps(jnp.concatenate([above, x]), width))
+        ours = _where(seen, [inner(taps, by)] * width)
         terms = [
             weight[s : s + 1] * jnp.concatenate([d, later])[s : s + STRIP]
             for s, (d, later) in enumerate(zip(ours, below, strict=True))

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.deep_memory import deep_memory, fits
+from pallas_kernels.deep_memory import deep_memory, fits, op
 from pallas_kernels.deep_memory import reference as definition
 
 CHUNK = 16
@@ -145,6 +145,7 @@ def test_no_token_sees_a_later_one():
         ({"implementation": "mosaic"}, "implementation 'mosaic'"),
         ({"initial": ()}, "give starts too"),
         ({"starts": jnp.zeros((2, 9), bool)}, "one a chunk"),
+        ({"starts": jnp.zeros((2, 3), int)}, "starts int32.* must be bool"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -172,6 +173,23 @@ def test_bad_arrays_are_named(place, message):
     else:
         arguments[place] = jax.tree.map(lambda x: x[:, :1], arguments[place])
     with pytest.raises(ValueError, match=message):
+        deep_memory(*arguments, **options)
+
+
+@pytest.mark.parametrize(("place", "message"), [(6, "weights"), (7, "velocity"), (8, "norm")])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_pairs_are_of_two(place, message, count):
+    arguments, options = drawn("titans")
+    arguments = list(arguments)
+    arguments[place] = (arguments[place] * 2)[:count]
+    with pytest.raises(ValueError, match=f"{message} must be "):  # the op's types say so in tests
+        op._check(*arguments, None, None, options["chunk"])
+
+
+def test_documents_begin_from_single_precision():
+    arguments, options = drawn("documents, before")
+    options["initial"] = tuple(x.astype(jnp.bfloat16) for x in options["initial"])
+    with pytest.raises(ValueError, match=r"initial \['bfloat16.* must be float32"):
         deep_memory(*arguments, **options)
 
 

@@ -120,6 +120,44 @@ def test_the_table_is_whole():
                 steps = (plan.block, plan.tiles, plan.heads, plan.backward_heads)
                 assert steps == (*sizes, sizes[2])[:4], "no heads of eight are left out"
                 assert plan.backward_heads <= plan.heads
+                for dtype in (jnp.bfloat16, jnp.float32):
+                    fits = op == "deep_memory" or dispatch.fits(
+                        op, 8, (dim, dim), gate, dtype, chip
+                    )
+                    assert fits, "affine ops take all rows of the table"
+
+
+@pytest.mark.parametrize(
+    ("op", "decay", "heads", "dim", "dtype", "fits"),
+    [
+        ("delta_rule", "channel", 16, 200, "bfloat16", False),  # 195 MiB of 128
+        ("delta_rule", "none", 32, 300, "bfloat16", False),  # 65.2 MiB of 64
+        ("delta_rule", "channel", 8, 256, "bfloat16", True),  # compiles
+        ("delta_rule", "none", 8, 512, "bfloat16", True),
+        ("linear_attention", "channel", 16, 200, "bfloat16", False),
+        ("linear_attention", "head", 8, 48, "bfloat16", True),
+    ],
+)
+def test_what_is_known_to_fit(op, decay, heads, dim, dtype, fits):
+    """Of what libtpu 0.0.42.1 says for v5e."""
+    q = jnp.zeros((1, 1, heads, dim), dtype)
+    gate = {"none": None, "channel": q, "head": q[..., 0]}[decay]
+    assert dispatch.fits(op, heads, (dim, dim), gate, q.dtype, "v5e") == fits
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "heads"),
+    [
+        ((256, 256), "bfloat16", 8),
+        ((512, 512), "bfloat16", 2),
+        ((128, 512), "bfloat16", 4),
+        ((384, 512), "float32", 1),
+    ],
+)
+def test_heads_wider_than_the_table_take_fewer_a_step(dims, dtype, heads):
+    q, v = (jnp.zeros((1, 1, 32, dim), dtype) for dim in dims)
+    plan = dispatch.plan(None, "delta_rule", q, v, None, None, kernel=True, interpret=False)
+    assert plan.heads == heads
 
 
 @pytest.mark.parametrize(

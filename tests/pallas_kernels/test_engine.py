@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax import miras
+from memjax import miras, sharding
 
 B, T, H, K = 2, 40, 2, 64
 SEGMENTS = {
@@ -97,6 +97,68 @@ def test_without_a_tpu_it_is_xla():
         lambda q, k, v: miras.chunkwise(RULES["gated_delta_net"][0], state, q, k, v, gates)
     )(*tokens)
     assert "pallas_call" not in str(jaxpr)
+
+
+def calls(name, *, q, k, v, heads=H, size=K, implementation=None):
+    """Kernels in the program of a rule's call whose tokens have these dtypes."""
+    rule, kinds = RULES[name]
+    tokens = [jax.ShapeDtypeStruct((B, T, heads, size), x) for x in (q, k, v)]
+    gates = {{"small": "lr", "channels": "retain"}.get(kind, kind): kind for kind in kinds}
+
+    def run(q, k, v):
+        weights = jax.vmap(lambda key: rule.init(key, size, size))(
+            jax.random.split(jax.random.key(0), heads)
+        )
+        given = {
+            field: jnp.ones((B, T, heads, *([size] if kind == "channels" else [])))
+            for field, kind in gates.items()
+        }
+        state = miras.start(rule, weights, B)
+        return miras.chunkwise(
+            rule, state, q, k, v, miras.Gates(**given), implementation=implementation
+        )
+
+    return str(jax.make_jaxpr(run)(*tokens)).count("pallas_call[")
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "titans"])
+def test_values_of_another_dtype_are_left_to_xla(name, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    one, other = jnp.float32, jnp.bfloat16
+    assert calls(name, q=one, k=one, v=one)
+    assert not calls(name, q=other, k=one, v=one)
+    assert not calls(name, q=one, k=one, v=other)
+    with pytest.raises(ValueError, match="q and v of one dtype, not float32 and bfloat16"):
+        calls(name, q=one, k=one, v=other, implementation="pallas")
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "titans"])
+def test_keys_of_another_dtype_are_made_like_queries(name, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    assert calls(name, q=jnp.float32, k=jnp.bfloat16, v=jnp.float32)
+    assert calls(name, q=jnp.bfloat16, k=jnp.float32, v=jnp.bfloat16)
+
+
+def test_heads_that_the_mesh_does_not_divide_stay_whole(monkeypatch):
+    """Five heads of 64 fill no registers; two of them, which no device has, would."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    dtypes = dict.fromkeys("qkv", jnp.float32)
+    with jax.set_mesh(sharding.make_mesh(tensor=2, devices=jax.devices()[:2])):
+        assert not calls("gated_delta_net", heads=5, **dtypes)
+        assert calls("gated_delta_net", heads=5, size=128, **dtypes)
+        assert calls("gated_delta_net", heads=4, **dtypes)
+        with pytest.raises(ValueError, match=r"5 heads of \(64, 64\)"):
+            calls("gated_delta_net", heads=5, implementation="pallas", **dtypes)
+
+
+def test_steps_that_may_not_fit_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    dtypes = dict.fromkeys("qkv", jnp.bfloat16)
+    for name in ("kda", "gla"):
+        assert not calls(name, heads=16, size=200, **dtypes)
+        assert calls(name, heads=16, size=256, **dtypes)
+    with pytest.raises(ValueError, match=r"heads of \(200, 200\) .* may not fit in VMEM"):
+        calls("kda", heads=16, size=200, implementation="pallas", **dtypes)
 
 
 @pytest.mark.parametrize(

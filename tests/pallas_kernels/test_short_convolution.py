@@ -121,6 +121,53 @@ def test_a_document_at_the_first_token_sees_nothing_before():
         assert not by_before.any()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("what", ["x", "before", "by"])
+@pytest.mark.parametrize("begin", [5, 32])
+def test_a_nan_stays_in_its_document(form, what, begin, monkeypatch):
+    """The other document's answers and gradients are as they were, at edges of blocks too."""
+    monkeypatch.setattr(tpu, "BLOCK", 16)
+    x, weight, before, _, by = draw(time=37)
+    ours = np.arange(37) >= begin
+    starts = jnp.zeros(x.shape[:2], bool).at[:, begin].set(True)
+    bad = {
+        "x": (x.at[0, begin - 1].set(jnp.nan), before, by),
+        "before": (x, before.at[0].set(jnp.nan), by),
+        "by": (x, before, by.at[0, begin].set(jnp.nan)),
+    }[what]
+    if what == "before":
+        starts = starts.at[:, 0].set(True)
+        ours[:] = True
+    if what == "by":
+        ours = ~ours
+
+    def found(x, before, by):
+        return pull(x, weight, before, starts, by, True, **FORMS[form])
+
+    y, by_x, _, by_before = found(*bad)
+    want_y, want_x, _, want_before = found(x, before, by)
+    np.testing.assert_array_equal(y[0, ours], want_y[0, ours])
+    np.testing.assert_array_equal(by_x[0, ours], want_x[0, ours])
+    np.testing.assert_array_equal(y[1], want_y[1])
+    np.testing.assert_array_equal(by_x[1], want_x[1])
+    if what != "x":
+        np.testing.assert_array_equal(by_before, want_before)
+    if what == "x":
+        assert np.isnan(np.asarray(y)[0, begin - 1]).all()
+    if what == "by":
+        assert np.isnan(np.asarray(by_x)[0, begin]).all()
+
+
+def test_a_nan_of_the_last_document_is_not_in_gradients_of_the_one_before():
+    """Rows that fill the last block do not carry it back."""
+    x, weight, before, _, by = draw(time=37)
+    starts = jnp.zeros(x.shape[:2], bool).at[:, 36].set(True)
+    for how in FORMS.values():
+        want = pull(x, weight, before, starts, by, True, **how)[1]
+        got = pull(x.at[:, 36].set(jnp.nan), weight, before, starts, by, True, **how)[1]
+        np.testing.assert_array_equal(got[:, :36], want[:, :36])
+
+
 @pytest.mark.parametrize(
     ("name", "broken"),
     [

@@ -56,6 +56,8 @@ def _misfit(rule: Rule, state: State, q, v, gates: Gates, loss: bool) -> str | N
     """Why no kernel computes this call, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16) or state.weights[0].dtype != jnp.float32:
         return f"kernels take float32 and bfloat16 and states of float32, not {q.dtype}"
+    if q.dtype != v.dtype:  # k is made like them
+        return f"a kernel takes q and v of one dtype, not {q.dtype} and {v.dtype}"
     if q.shape[1] == 1:
         return "a kernel is for sequences, not for one token"
     closed = linear.fits(rule, gates)
@@ -66,11 +68,16 @@ def _misfit(rule: Rule, state: State, q, v, gates: Gates, loss: bool) -> str | N
     if not closed and (reason := _not_deep(rule, gates)):
         return reason
     dims = state.weights[0].shape[-2], v.shape[-1]
-    heads = q.shape[2] // max(1, sharding.devices_along("heads"))
+    heads, along = q.shape[2], sharding.devices_along("heads")
+    heads = heads if heads % along else heads // along  # of a device
     try:
         dispatch.heads_of_step(heads, dims, heads)
     except ValueError as error:
         return str(error).partition(";")[0]
+    if closed:
+        op = "delta_rule" if isinstance(rule.bias, l2) else "linear_attention"
+        if not dispatch.fits(op, heads, dims, gates.retain, q.dtype):
+            return f"a step of heads of {dims} in {q.dtype} may not fit in VMEM"
     maps = [w.shape[-2:] for w in state.weights]
     if not closed and not fits(maps, heads, rule.chunk, q.dtype):
         return f"a head of weights {maps} at chunk {rule.chunk} in {q.dtype} does not fit in VMEM"
@@ -114,6 +121,7 @@ def affine(
         interpret: for tests.
     """
     (weights,), (begin,) = state.weights, state.begin.weights
+    k = k.astype(q.dtype)
 
     def mapped(x):
         over = jax.vmap(rule.structure.mapped, in_axes=(0, 1), out_axes=1)
@@ -158,7 +166,7 @@ def deep(
     norm = (state.slow["scale"], state.slow["bias"]) if structure.norm else None
     begin = state.begin.weights + (state.begin.momentum if learns else ())
     y, losses, weights, velocity = deep_memory(
-        q, k, v, gates.lr, _log(gates.momentum), _log(gates.retain),
+        q, k.astype(q.dtype), v, gates.lr, _log(gates.momentum), _log(gates.retain),
         state.weights, state.momentum if learns else None, norm,
         chunk=rule.chunk,
         initial=None if starts is None else begin,
