@@ -62,7 +62,9 @@ def main() -> int:
         progress=lambda words: print(words, file=sys.stderr, flush=True),
     )
     name = "-".join(f"{axis}{size}" for axis, size in found.mesh.items())
-    slug = f"{'-'.join(config.model.pattern)}-{KIND.value}-{TOPOLOGY.value}-{name}"
+    model = f"{'-'.join(config.model.pattern)}-{found.model_parameters / 1e6:.0f}m"
+    step = f"{KIND.value}-{found.rows}x{found.tokens // found.rows}"
+    slug = f"{model}-{step}-{TOPOLOGY.value}-{name}"
     out = OUT.value or os.path.join(runs, slug.replace(":", "-"))
     print(show.text(found), flush=True)
     paths = report.write(found, out, shlex.join(["python", *sys.argv]))

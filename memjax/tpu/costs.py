@@ -187,6 +187,8 @@ def _bytes(module: hlo.Module, lines: dict[str, hlo.Instruction], what: hlo.Inst
     def size_of(name: str) -> int:
         return _size(lines[name].type) if name in lines else 0
 
+    if 'custom_call_target="AllocateBuffer"' in what.attributes:
+        return 0
     if what.opcode in ("copy-start", "slice-start"):  # a tuple of target, source and a flag
         return sum(array.bytes for array in hlo.arrays(what.type)[:2] if array.space == 0)
     if what.opcode in ("dynamic-slice", "gather"):

@@ -1,7 +1,6 @@
 """A report in words and as a picture, alone or beside another."""
 
 import math
-import os
 from typing import Any
 
 from absl import logging
@@ -9,6 +8,7 @@ from absl import logging
 from memjax.training import report as training_report
 
 GIB = 2**30
+LEAST = 0.01  # of the whole, to be drawn by itself
 
 
 def text(report: Any) -> str:
@@ -21,12 +21,11 @@ def text(report: Any) -> str:
 
 
 def _head(report: Any) -> list[str]:
-    mesh = " x ".join(f"{name}={size}" for name, size in report.mesh.items() if size > 1)
     tools = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return [
         f"{report.kind} step of {report.title}",
-        f"{report.topology}: {report.devices} devices, mesh {mesh or '1'}; {report.rows} rows,"
-        f" {report.tokens:,} tokens a step; {tools}",
+        f"{report.topology}: {report.devices} devices, mesh {_mesh(report.mesh)};"
+        f" {report.rows} rows, {report.tokens:,} tokens a step; {tools}",
     ]
 
 
@@ -138,11 +137,12 @@ def compare(reports: list[dict[str, Any]]) -> str:
     ]
     width = max(len(row[0]) for row in rows)
     lines = [
-        f"{'':<{width}}  {'first':>14}  {'second':>14}  ratio",
         *(
-            f"  {place}: {one['title']}; {one['topology']}, {one['kind']}"
+            f"{place}: {one['kind']} step of {one['title']}; {one['topology']},"
+            f" {_mesh(one['mesh'])}; {one['rows']:,} rows, {one['tokens']:,} tokens"
             for place, one in zip(("first", "second"), reports, strict=True)
         ),
+        f"{'':<{width}}  {'first':>14}  {'second':>14}  ratio",
     ]
     for name, a, b, form in rows:
         ratio = f"{b / a:.3f}" if a else "-"
@@ -167,25 +167,42 @@ def figure(report: Any, chip: Any, path: str) -> bool:
         return False
     drawing = figure_type(figsize=(15, 5), layout="constrained")
     times, roof, held = drawing.subplots(1, 3)
-    drawing.suptitle(f"{report.kind} step, {report.title}: {os.path.basename(report.topology)}")
-    parts = [part for part in report.parts if part.cycles][:12][::-1]
-    labels = [_short(part) for part in parts]
-    places = list(range(len(parts)))
-    times.barh([p + 0.2 for p in places], [p.seconds * 1e3 for p in parts], 0.4, label="predicted")
-    times.barh([p - 0.2 for p in places], [p.floor * 1e3 for p in parts], 0.4, label="at the peaks")
-    times.set(yticks=places, yticklabels=labels, xlabel="ms a step")
-    times.legend()
+    seconds, mesh = report.seconds, _mesh(report.mesh)
+    drawing.suptitle(
+        f"{report.kind} step of {report.title}; {report.topology}, {mesh}\n"
+        f"{_duration(seconds['step'])} predicted, MFU {report.utilisation['model']:.1%}"
+    )
+    parts = [part for part in report.parts if part.seconds >= LEAST * seconds["step"]]
+    rest = seconds["compute"] - sum(part.seconds for part in parts)
+    bars = [(_short(part), part.seconds, part.floor) for part in parts]
+    bars += [("the rest", rest, 0.0), ("collectives alone", seconds["collectives"], 0.0)]
+    names, predicted, floors = zip(*reversed(bars), strict=True)
+    places = list(range(len(bars)))
+    times.barh([p + 0.2 for p in places], [s * 1e3 for s in predicted], 0.4, label="predicted")
+    times.barh([p - 0.2 for p in places], [s * 1e3 for s in floors], 0.4, label="at the peaks")
+    times.set(yticks=places, yticklabels=names, xlabel="ms a step")
+    times.legend(loc="lower right")
     _roofline(roof, parts, chip)
-    sizes = {n: s for n, s in report.memory.items() if n not in ("total", "capacity") and s}
-    bottom = 0.0
-    for name, size in sizes.items():
-        held.bar(["a device"], [size / GIB], bottom=bottom, label=f"{name} {size / GIB:.2f}")
-        bottom += size / GIB
-    held.axhline(report.memory["capacity"] / GIB, color="black", linestyle="--", label="capacity")
-    held.set(ylabel="GiB of HBM")
-    held.legend(fontsize=8)
+    _holdings(held, report.memory)
     drawing.savefig(path, dpi=120)
     return True
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def _holdings(axes: Any, sizes: dict[str, int]) -> None:
+    """A bar for each kind of what a device holds; what is small together."""
+    total, capacity = sizes["total"], sizes["capacity"]
+    kinds = {n: s for n, s in sizes.items() if n not in ("total", "capacity")}
+    large = {n: s for n, s in kinds.items() if s >= LEAST * total}
+    if len(large) < len(kinds):
+        large["the rest"] = sum(kinds.values()) - sum(large.values())
+    bars = axes.barh(list(large)[::-1], [s / GIB for s in large.values()][::-1], color="tab:green")
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.margins(x=0.15)
+    axes.set(xlabel="GiB", title=f"{total / GIB:.3g} of {capacity / GIB:.0f} GiB of HBM")
 
 
 def _short(part: Any) -> str:
@@ -202,13 +219,10 @@ def _roofline(axes: Any, parts: list[Any], chip: Any) -> None:
         [low, ridge, high],
         [low * chip.hbm_bandwidth / 1e12, chip.flops / 1e12, chip.flops / 1e12],
         color="black",
+        label="peaks of the chip",
     )
     for part, ratio in zip(shown, ratios, strict=True):
-        rate = part.flops / part.seconds / 1e12
-        axes.plot([ratio], [rate], "o")
-        axes.annotate(
-            _short(part), (ratio, rate), fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
+        axes.plot([ratio], [part.flops / part.seconds / 1e12], "o", label=_short(part))
     rates = [part.flops / part.seconds / 1e12 for part in shown]
     least = math.log10(min([chip.flops / 1e14, *rates]) / 2)
     axes.set(
@@ -218,3 +232,4 @@ def _roofline(axes: Any, parts: list[Any], chip: Any) -> None:
         xlabel="operations of products a byte of HBM",
         ylabel="TFLOP/s of a device",
     )
+    axes.legend(loc="lower right", fontsize=8)
