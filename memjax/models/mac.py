@@ -212,6 +212,7 @@ class MemoryAsContext(nnx.Module):
         return state._replace(memory=memory, recalled=(), keys=(), values=())
 
     def _filled(self, state: MemoryAsContextState, like: MemoryAsContextState):
+        """A state as a segment begins, of a `_bare` one; with the parts that `like` has."""
         memory = state.memory.memory
         shape = (state.slot.shape[0], 2, self.segment, self.heads, self.head_dim)
         if like.memory.memory.base:

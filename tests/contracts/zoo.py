@@ -283,8 +283,8 @@ def table() -> str:
         "  per token; by token, one set of weights at a time, where steps or links bend; by chunk,",
         "  weights change at chunk ends only; conjugate gradients, a solve for each query.",
         "* Errors are of the small sizes that the tests use; rows differ in sizes and gates.",
-        "* A state holds the weights of its chunk's start besides the current ones, also where a",
-        "  chunk is one token and both are the same.",
+        "* A state holds the weights of its chunk's start besides the current ones, but where",
+        "  chunks are of one token.",
     ]
     return "\n".join(lines)
 
