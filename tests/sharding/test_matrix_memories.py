@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax import sharding
+from memjax import miras, sharding
 from memjax.layers import (
     RWKV7,
     ContinuumMemory,
@@ -18,7 +18,7 @@ from memjax.layers import (
     TNTMemory,
     matrix_memory,
 )
-from tests.contracts.scenes import float64
+from tests.contracts.scenes import assert_close, float64
 
 DIM, HEADS, BATCH, TIME = 8, 4, 4, 4
 MESHES = {
@@ -139,3 +139,19 @@ def test_hope_is_that_of_one_device():
     hidden = 2 * DIM // mesh.shape["tensor"]
     assert held(level) == (1, DIM // mesh.shape["fsdp"], hidden)
     assert held(state.continuum.levels[0].weights[0])[0] == rows
+
+
+def test_a_document_begins_anew_on_a_split_time_axis_whatever_the_state_was():
+    rule = miras.zoo.gated_delta_net()
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, 8, HEADS, DIM)) / 3 for key in keys[:3])
+    gates = miras.Gates(lr=jnp.full(k.shape[:3], 0.5), retain=jnp.full(k.shape[:3], 0.9))
+    state = miras.start(rule, rule.init(keys[3], DIM, DIM), 2, HEADS)
+    state = state._replace(segment=jnp.asarray([5, 5]))
+    lost = state._replace(weights=(state.weights[0].at[0].set(jnp.nan),))
+    ids = jnp.asarray([[1] * 3 + [2] * 5, [5] * 8])
+    with jax.set_mesh(sharding.make_mesh(sequence=4)):
+        run = jax.jit(functools.partial(miras.chunkwise, rule))
+        got = run(lost, q, k, v, gates, segment_ids=ids)
+    want = miras.recurrent(rule, state, q, k, v, gates, segment_ids=ids)
+    assert_close(got, want, 1e-5)

@@ -63,9 +63,9 @@ def chunkwise(
     fastest where chunks and documents begin at multiples of `block` (other places are as exact,
     at up to three times the work for the whole call).
 
-    What is not finite in a token or in the state stays in its document. Where a kernel of a closed
-    form computes it, it may reach the later documents of the row in this call, and where the time
-    axis is split over devices those of later calls too; never another row.
+    What is not finite in a token or in the state stays in its document. In closed forms by kernels,
+    or whose time axis is split over devices, it may reach the row's later documents of this call,
+    not of later ones; never another row.
 
     Args:
         rule: the memory.

@@ -84,7 +84,8 @@ def contained(
 def begun(state: State, starts: Bool[Array, "B T"]) -> State:
     """The state before a call, at W_0 by selection in rows whose first token begins a document.
 
-    A kernel masks it by multiplication; what is not finite then stays in the calls of its document.
+    Kernels, and maps of states between devices, mask it by multiplication; so what is not finite
+    stays in the calls of its document.
     """
 
     def rows(now, begin):

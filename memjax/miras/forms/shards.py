@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
+from memjax.miras.forms import isolation
 from memjax.miras.rule import Begin, State
 from memjax.typing import Array
 
@@ -32,9 +33,11 @@ def run(
     """
     starts, last = None, state.segment
     if segment_ids is not None:
-        ids = jax.lax.all_gather(segment_ids[:, -1], AXIS).astype(state.segment.dtype)
+        ends = jax.lax.all_gather(segment_ids[:, jnp.array([0, -1])], AXIS)
+        ids = ends[:, :, 1].astype(state.segment.dtype)
         before = jnp.concatenate([state.segment[None], ids[:-1]])
         starts = documents.starts(segment_ids, before[jax.lax.axis_index(AXIS)])
+        state = isolation.begun(state, documents.starts(ends[0, :, :1], state.segment))
         last = ids[-1]
     (weights,), (begin,) = state.weights, state.begin.weights
     size, dtype = weights.shape[-2], weights.dtype
