@@ -226,11 +226,12 @@ def measure(op: str, decay: str, chip: str, dim: int, blocks: Blocks, packed: bo
     shape, topology = (BATCH, TOKENS, HEADS), TOPOLOGIES[chip]
     try:
         traced = kernels_of(op, decay, dim, shape, jnp.bfloat16, packed, blocks)
-        found = kernels.schedules(traced, topology, chips.parse(topology)[0])
+        schedules = kernels.schedules(traced, topology, chips.parse(topology)[0])
     except RuntimeError as error:
         if "memory space vmem" in str(error):
             return None
         raise
+    found = {one.name: one for one in schedules}
     forward, backward = found[f"{op}_{decay}"], found[f"{op}_{decay}_backward"]
     use = [one.use.get("MXU", one.use.get("MATMUL")) for one in (forward, backward)]
     rows = forward.rows + backward.rows

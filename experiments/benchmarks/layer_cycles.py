@@ -117,17 +117,19 @@ def measure(args: argparse.Namespace, name: str, way: str) -> dict[str, Any]:
         schedules = kernels.schedules(traced.jaxpr, args.topology, chip)
     module, tokens = hlo.parse(compiled.as_text()), args.batch * args.tokens
     rest = sorted(costs.costs(module), key=lambda cost: -cost.cycles)
-    of_kernels = dict.fromkeys(schedules, 0.0)
+    known = {(one.name, one.results): one for one in schedules}
+    of_kernels = {one.name: 0.0 for one in schedules}
     for cost in rest:
         if cost.kernel:
-            of_kernels[cost.kernel] += schedules[cost.kernel].cycles * cost.times / tokens
+            cycles = known[cost.kernel, cost.results].cycles
+            of_kernels[cost.kernel] += cycles * cost.times / tokens
     cycles = hlo.cycles(module) / tokens + sum(of_kernels.values())
     return {
         "layer": name,
         "way": way,
         "cycles": cycles,
         "kernels": of_kernels,
-        "use": {key: one.use.get("MXU", one.use.get("MATMUL")) for key, one in schedules.items()},
+        "use": {one.name: one.use.get("MXU", one.use.get("MATMUL")) for one in schedules},
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "rest": [
             {"operation": one.operation, "name": one.name, "cycles": one.cycles / tokens}

@@ -40,6 +40,7 @@ class Cost(NamedTuple):
       bytes: read from and written to HBM.
       collective: None, or what it sends.
       kernel: name of a Pallas kernel, None for anything else.
+      results: of a kernel the shapes of what it returns.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Cost(NamedTuple):
     bytes: int
     collective: "Collective | None"
     kernel: str | None
+    results: tuple[tuple[int, ...], ...] = ()
 
 
 class Collective(NamedTuple):
@@ -129,9 +131,10 @@ def _cost(module: hlo.Module, one: hlo.Executed) -> Cost:
     what, times = one.instruction, one.times
     lines = module.by_name[one.computation]
     collective = _collective(module, lines, what)
-    kernel = None
+    kernel, results = None, ()
     if 'custom_call_target="tpu_custom_call"' in what.attributes:
         kernel = kernel_name(what.name)
+        results = tuple(tuple(array.shape) for array in hlo.arrays(what.type))
     if what.opcode == "fusion":
         flops = sum(hlo.flops(module, inner) for inner in what.called("calls"))
     else:
@@ -151,6 +154,7 @@ def _cost(module: hlo.Module, one: hlo.Executed) -> Cost:
         bytes=0 if collective else _bytes(module, lines, what) * times,
         collective=collective,
         kernel=kernel,
+        results=results,
     )
 
 

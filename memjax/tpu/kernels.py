@@ -35,6 +35,7 @@ class Schedule:
 
     Args:
       name: of the kernel.
+      results: shapes of what it returns, which tell kernels of one name apart.
       rows: cycles of one step of the grid, stalls counted. A loop inside that is not unrolled
         counts once.
       grid: its steps.
@@ -44,6 +45,7 @@ class Schedule:
     """
 
     name: str
+    results: tuple[tuple[int, ...], ...]
     rows: int
     grid: tuple[int, ...]
     cores: int
@@ -75,7 +77,7 @@ def kernel_name(equation: Any) -> str:
     return equation.params["name"]
 
 
-def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
+def schedules(jaxpr: Any, topology: str, chip: Chip) -> tuple[Schedule, ...]:
     """Compiles every kernel of a program alone and reads its schedule.
 
     Args:
@@ -84,22 +86,22 @@ def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
       chip: that it is made of.
 
     Returns:
-      By name; a kernel of which the compiler wrote none is left out. Of two kernels of one name the
-      one with the larger grid counts.
+      One for each name and shapes of results, of several the one with the largest grid; a kernel of
+      which the compiler wrote none is left out.
 
     Raises:
       RuntimeError: a kernel does not compile alone; has the compiler's message.
     """
-    found: dict[str, Any] = {}
+    found: dict[tuple, Any] = {}
     for equation in calls(jaxpr):
-        name = kernel_name(equation)
-        if name not in found or math.prod(_grid(equation)) > math.prod(_grid(found[name])):
-            found[name] = equation
+        key = kernel_name(equation), _results(equation)
+        if key not in found or math.prod(_grid(equation)) > math.prod(_grid(found[key])):
+            found[key] = equation
     if not found:
-        return {}
+        return ()
     with tempfile.TemporaryDirectory(prefix="memjax-kernels-") as folder:
-        for name, equation in found.items():
-            _export(equation, os.path.join(folder, f"{name}.kernel"))
+        for number, equation in enumerate(found.values()):
+            _export(equation, os.path.join(folder, f"{number}.kernel"))
         command = [sys.executable, "-m", "memjax.tpu.kernels", folder, topology]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -107,18 +109,23 @@ def schedules(jaxpr: Any, topology: str, chip: Chip) -> dict[str, Schedule]:
             lines = done.stderr.strip().splitlines()
             raise RuntimeError(f"a kernel did not compile alone: {' '.join(lines[-3:])}")
         measured = json.loads(done.stdout.splitlines()[-1])
-    return {
-        name: Schedule(
+    return tuple(
+        Schedule(
             name,
-            measured[name]["rows"],
+            results,
+            measured[str(number)]["rows"],
             _grid(one),
             _cores(one, chip),
-            measured[name]["use"],
+            measured[str(number)]["use"],
             operations.products_of(one),
         )
-        for name, one in found.items()
-        if name in measured
-    }
+        for number, ((name, results), one) in enumerate(found.items())
+        if str(number) in measured
+    )
+
+
+def _results(equation) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(result.aval.shape) for result in equation.outvars)
 
 
 def _grid(equation) -> tuple[int, ...]:

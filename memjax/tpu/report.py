@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -173,7 +173,7 @@ def analyse(
         schedules = kernels.schedules(traced.jaxpr, topology, chip)
     except RuntimeError as error:  # the rest of the report is worth having
         progress(str(error))
-        schedules = {}
+        schedules = ()
     rows = run.train.batch if kind == "train" or batch is None else batch
     useful = _useful(run, traced, kind) / run.mesh.size
     return summarise(
@@ -265,7 +265,7 @@ def summarise(
     found: list[costs.Cost],
     chip: Chip,
     *,
-    schedules: dict[str, kernels.Schedule],
+    schedules: Sequence[kernels.Schedule],
     memory: dict[str, int],
     useful: float,
     **described: Any,
@@ -280,7 +280,8 @@ def summarise(
       useful: operations of a step on one device, for the utilisation of the model.
       described: the fields of `Report` that are only passed on.
     """
-    counted = [_with_schedule(cost, schedules) for cost in found]
+    known = {(one.name, one.results): one for one in schedules}
+    counted = [_with_schedule(cost, known) for cost in found]
     cycles = sum(cost.cycles for cost in counted)
     flops = sum(cost.flops for cost in counted)
     traffic = tuple(_traffic(counted, chip))
@@ -302,8 +303,10 @@ def summarise(
         parts=parts,
         operations=_grouped(counted, chip, lambda cost: (_operation(cost), False)),
         traffic=traffic,
-        schedules=tuple(schedules.values()),
-        unmeasured=tuple(sorted({c.kernel for c in found if c.kernel} - set(schedules))),
+        schedules=tuple(schedules),
+        unmeasured=tuple(
+            sorted({c.kernel for c in found if c.kernel and (c.kernel, c.results) not in known})
+        ),
         seconds=seconds,
         utilisation={
             "hardware": flops / chip.flops / seconds["step"],
@@ -313,10 +316,10 @@ def summarise(
     )
 
 
-def _with_schedule(cost: costs.Cost, schedules: dict[str, kernels.Schedule]) -> costs.Cost:
-    if cost.kernel not in schedules:
+def _with_schedule(cost: costs.Cost, known: dict[tuple, kernels.Schedule]) -> costs.Cost:
+    one = known.get((cost.kernel, cost.results))
+    if one is None:
         return cost
-    one = schedules[cost.kernel]
     return cost._replace(cycles=one.cycles * cost.times, flops=one.flops * cost.times)
 
 

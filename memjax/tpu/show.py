@@ -66,7 +66,10 @@ def _time(report: Any) -> list[str]:
         for one in report.schedules:
             used = ", ".join(f"{unit} {share:.0%}" for unit, share in one.use.items() if share)
             grid = "x".join(map(str, one.grid))
-            lines.append(f"  {one.name}: {one.cycles:,}  {one.rows} x {grid} / {one.cores}  {used}")
+            same = [other.name for other in report.schedules].count(one.name) > 1
+            sizes = " of " + "x".join(map(str, one.results[0])) if same and one.results else ""
+            cycles = f"{one.cycles:,}  {one.rows} x {grid} / {one.cores}"
+            lines.append(f"  {one.name}{sizes}: {cycles}  {used}")
     if report.unmeasured:
         lines += ["", f"counted as 0 cycles, without a schedule: {', '.join(report.unmeasured)}"]
     lines += [

@@ -44,14 +44,14 @@ def test_kernels_are_found_inside_loops():
 
 
 def test_a_program_without_kernels_starts_no_compiler():
-    assert kernels.schedules(jax.make_jaxpr(jnp.sin)(1.0), "v5p:2x2x1", chips.CHIPS["v5p"]) == {}
+    assert kernels.schedules(jax.make_jaxpr(jnp.sin)(1.0), "v5p:2x2x1", chips.CHIPS["v5p"]) == ()
 
 
 def test_schedules_are_read():
     rows, use = kernels.read_schedule(TABLE)
     assert rows == 4
     assert use == {"MXU": 0.5, "XLU": 0.25, "VALU": 3 / 16}
-    one = kernels.Schedule("k", rows, (3, 2), 2, use, 10)
+    one = kernels.Schedule("k", (), rows, (3, 2), 2, use, 10)
     assert one.cycles == 12
     with pytest.raises(ValueError, match="no schedule"):
         kernels.read_schedule("something else")

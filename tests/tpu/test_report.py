@@ -32,7 +32,7 @@ def summary(**changes):
         cost("mixer.lmm", cycles=600, flops=400_000, moved=10_000),
         cost("mixer.lmm", cycles=900, flops=800_000, moved=10_000, backward=True, certain=False),
         cost("optimizer", cycles=100, moved=9_000, operation="add"),
-        cost("mixer.lmm", kernel="wave", times=2),
+        cost("mixer.lmm", kernel="wave", results=((4, 8),), times=2),
         cost("head", kernel="unknown"),
         cost("mixer.lmm", collective=costs.Collective("all-gather", 8_000, 4, False), times=3),
         cost("head", collective=costs.Collective("collective-permute", 5_000, 2, True)),
@@ -42,7 +42,10 @@ def summary(**changes):
         "devices": 4, "versions": {"jax": "1"}, "model_parameters": 7, "rows": 8, "tokens": 4_000,
     }  # fmt: skip
     held = {"parameters": 2**28, "temporaries": 2**29, "total": 3 * 2**28, "capacity": 2**30}
-    schedules = {"wave": kernels.Schedule("wave", 25, (4, 2), 1, {"MXU": 0.5}, 1_000)}
+    schedules = [
+        kernels.Schedule("wave", ((4, 8),), 25, (4, 2), 1, {"MXU": 0.5}, 1_000),
+        kernels.Schedule("wave", ((4, 16),), 50, (4, 2), 1, {"MXU": 0.5}, 2_000),
+    ]
     return report.summarise(
         found, CHIP, schedules=schedules, memory=held | changes, useful=6e5, **described
     )
