@@ -51,8 +51,8 @@ def deep_memory(
         v: values [B, T, H, V].
         lr: rates [B, T, H].
         log_momentum, log_retain: [B, T, H], at most 0, or None: no momentum (e = 0), nothing
-            forgotten (a = 1). Sums over a chunk are taken in fp32: a gate of 0 is best given as
-            about -30.
+            forgotten (a = 1). Sums over a chunk are taken in fp32: a gate of 0 is about -30, and
+            -inf makes NaN.
         weights: (W_1 [B, H, K, F], W_2 [B, H, F, V]) before the first token, fp32.
         velocity: S like the weights, or None with no log_momentum.
         norm: (scale, bias) of the layer norm, each [H, V], or None for none.

@@ -42,7 +42,7 @@ def delta_rule(
         v: values [B, T, H, V].
         lr: rates [B, T, H].
         log_decay: [B, T, H], [B, T, H, K] or None; at most 0. Sums over a tile of some hundred
-            tokens are taken in fp32: a gate of 0 is best given as about -30.
+            tokens are taken in fp32: a gate of 0 is about -30, and -inf makes NaN.
         state: W before the first token [B, H, K, V], fp32.
         initial: what documents begin from [H, K, V], fp32; None = zeros. Only with `starts`.
         starts: where documents begin [B, T] bool; None = nowhere.
