@@ -8,9 +8,9 @@ from typing import Any
 def products(jaxpr: Any) -> int:
     """Floating-point operations of the matrix products of a traced program.
 
-    A multiply-add counts as two. All rounds of a scan count, of a loop of unknown length one. Of the
-    branches of a condition that where it holds counts: for memories the one that runs where chunks
-    are whole. Under `jax.shard_map` the operations of all devices count, in Pallas kernels those of
+    A multiply-add counts as two. All rounds of a scan count, of a loop of unknown length one.
+    Of the branches of a condition that where it holds counts: for memories the one that runs where
+    chunks are whole. Under `jax.shard_map` the operations of all devices count, in Pallas kernels those of
     all steps of the grid.
 
     Args:
