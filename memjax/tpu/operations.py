@@ -10,8 +10,8 @@ def products(jaxpr: Any) -> int:
 
     A multiply-add counts as two. All rounds of a scan count, of a loop of unknown length one.
     Of the branches of a condition that where it holds counts: for memories the one that runs where
-    chunks are whole. Under `jax.shard_map` the operations of all devices count, in Pallas kernels those of
-    all steps of the grid.
+    chunks are whole. Under `jax.shard_map` the operations of all devices count, in Pallas kernels
+    those of all steps of the grid.
 
     Args:
       jaxpr: such as `jax.make_jaxpr(f)(x)` or `jax.jit(f).trace(x).jaxpr`.
