@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.typing import Array, Int
+from memjax.typing import Array, Bool, Int
 
 
 class Documents(NamedTuple):
@@ -70,3 +70,8 @@ def follow(
     number = jnp.cumsum(new, axis=1, dtype=jnp.int32)
     index = steps - jax.lax.cummax(jnp.where(new, steps, -seen[:, None]), axis=1)
     return Documents(number, index, segment_ids[:, -1], index[:, -1] + 1)
+
+
+def beside(mask: Bool[Array, "*N"], x: Array) -> Bool[Array, "*M"]:
+    """A mask of rows, or of tokens, with axes of size 1 for what else x has behind them."""
+    return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))

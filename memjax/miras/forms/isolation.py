@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from memjax.documents import beside
 from memjax.miras.rule import Gates, Rule, State
 from memjax.typing import Array, Bool, Float
 
@@ -37,10 +38,10 @@ def contained(
     )
 
     def clean(x, fill=0.0):
-        return None if x is None else jnp.where(_beside(own, x), jnp.asarray(fill, x.dtype), x)
+        return None if x is None else jnp.where(beside(own, x), jnp.asarray(fill, x.dtype), x)
 
     def emptied(arrays):
-        return jax.tree.map(lambda x: jnp.where(_beside(lost, x), 0, x), arrays)
+        return jax.tree.map(lambda x: jnp.where(beside(lost, x), 0, x), arrays)
 
     y, loss, after = go(
         state._replace(
@@ -68,7 +69,7 @@ def contained(
     before = reached(jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1))
 
     def spoilt(rows, x):
-        return jnp.where(_beside(rows, x), jnp.asarray(jnp.nan, x.dtype), x)
+        return jnp.where(beside(rows, x), jnp.asarray(jnp.nan, x.dtype), x)
 
     def left(arrays):
         return jax.tree.map(lambda x: spoilt(here[:, -1], x), arrays)
@@ -89,7 +90,7 @@ def begun(state: State, starts: Bool[Array, "B T"]) -> State:
     """
 
     def rows(now, begin):
-        return jax.tree.map(lambda x, x_0: jnp.where(_beside(starts[:, 0], x), x_0, x), now, begin)
+        return jax.tree.map(lambda x, x_0: jnp.where(beside(starts[:, 0], x), x_0, x), now, begin)
 
     weights = rows(state.weights, state.begin.weights)
     return state._replace(
@@ -100,7 +101,3 @@ def begun(state: State, starts: Bool[Array, "B T"]) -> State:
 def _not_finite(x: Array, axes: int) -> Bool[Array, "*N"]:
     """Whether anything is not finite in x, but for its first axes."""
     return ~jnp.all(jnp.isfinite(x), axis=tuple(range(axes, x.ndim)))
-
-
-def _beside(rows: Bool[Array, "*N"], x: Array) -> Bool[Array, "*M"]:
-    return rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.documents import beside
 from memjax.miras import checks
 from memjax.miras.bias import dot, l2
 from memjax.miras.learner import exchange, gd, implicit
@@ -158,10 +159,10 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
     if restarts:
         same = document[:, None] == document[None, :]
         lower, strict = lower & same, strict & same
-    lr = jnp.where(_beside(live, gates.lr), gates.lr, 0)
+    lr = jnp.where(beside(live, gates.lr), gates.lr, 0)
     retain = gates.retain
     if retain is not None:
-        retain = jnp.where(_beside(live, retain), retain, 1)
+        retain = jnp.where(beside(live, retain), retain, 1)
     wide_k, wide_q = (rule.structure.mapped(slow, z.astype(dtype)) for z in (k, q))
     wide_v = v.astype(dtype)
 
@@ -182,7 +183,7 @@ def _prepare(rule, q, k, v, gates, live, document, begin, slow, *, restarts, com
     scores = [[jnp.where(m, s, 0) for m, s in zip(masks, by, strict=True)] for by in found.scores]
     writes = found.writes
     if restarts:
-        writes = [jnp.where(_beside(document == document[-1], w), w, 0) for w in writes]
+        writes = [jnp.where(beside(document == document[-1], w), w, 0) for w in writes]
 
     queries, *asked = found.reads
     in_progress = (document == 0)[:, None]
@@ -242,8 +243,3 @@ def _by_head(asked, rows, lr, retain, inclusive, document, compute) -> Decayed:
         scores = [[s * lr for s in by] for by in scores]
         writes = [lr[:, None] * y for y in writes]
     return Decayed(scores, reads, writes, kept)
-
-
-def _beside(mask, x):
-    """A mask of tokens [C] beside x [C, ...]."""
-    return mask.reshape(-1, *[1] * (x.ndim - 1))
