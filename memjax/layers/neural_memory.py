@@ -1,6 +1,5 @@
 """A memory that learns at test time, as a layer."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -221,9 +220,7 @@ class NeuralMemory(nnx.Module):
         self, q: Float[Array, "B T H K"], state: NeuralMemoryState, fast: tuple[Array, ...]
     ) -> Float[Array, "B T E"]:
         """The rest of `recall`, with `q = ask(x)`."""
-        # Computed again in the backward pass, and its wide layers not kept.
-        read = jax.checkpoint(functools.partial(miras.read, self.rule))
-        h = read(state.memory._replace(weights=fast), q)
+        h = miras.read(self.rule, state.memory._replace(weights=fast), q)
         return constrain(self.out(self.norm(h)), ("batch", "time", "embed"))
 
     def _project(self, x, convs, segment_ids):

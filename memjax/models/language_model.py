@@ -10,6 +10,7 @@ from flax import nnx
 from memjax import documents
 from memjax.layers import RMSNorm
 from memjax.layers.linear import fan_in_normal
+from memjax.models import remat
 from memjax.models.blocks import RESIDUAL, Block
 from memjax.models.config import LanguageModelConfig
 from memjax.sharding import constrain, constrain_params
@@ -161,7 +162,9 @@ class LanguageModel(nnx.Module):
 
         values = tuple(values for _, values in split)
         states = None if state is None else state.blocks
-        x, blocks = jax.lax.scan(_remat(repeat, self.config.remat), x, (values, states))
+        x, blocks = jax.lax.scan(
+            remat.computed_again(repeat, self.config.remat), x, (values, states)
+        )
         return x, LanguageModelState(blocks, place.last, seen)
 
     @jax.named_scope("head")
@@ -209,17 +212,6 @@ def _layer(values: PyTree) -> PyTree:
         return variable.replace(axes=variable.get_metadata()["axes"][1:])
 
     return jax.tree.map(unstacked, values, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def _remat(body: Callable, policy: str) -> Callable:
-    if policy == "none":
-        return body
-    saveable = {
-        "full": None,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    # the scan itself keeps XLA from merging the two computations
-    return jax.checkpoint(body, prevent_cse=False, policy=saveable[policy])
 
 
 def _check(

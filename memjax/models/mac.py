@@ -12,6 +12,7 @@ from memjax import documents, sharding
 from memjax.layers import Linear, NeuralMemory, NeuralMemoryState, rotary, shell
 from memjax.miras.forms.chunkwise import axes_of
 from memjax.miras.forms.remat import grouped_scan
+from memjax.models import remat
 from memjax.models.combine import Combine
 from memjax.sharding import constrain
 from memjax.typing import Array, Bool, Float, Int
@@ -66,6 +67,8 @@ class MemoryAsContext(nnx.Module):
         persistent: P, learned tokens in front of every segment.
         rope_base: of the rotary positions.
         combine: see `Combine`.
+        remat: whether the backward pass computes every segment again, and keeps of them only the
+            memory as each began and their outputs.
         rngs: the stream `params` draws the weights.
     Raises:
         ValueError: sizes that do not fit.
@@ -83,6 +86,7 @@ class MemoryAsContext(nnx.Module):
         persistent: int = 0,
         rope_base: float = 10000.0,
         combine: str = "gate",
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         if head_dim is None:
@@ -92,6 +96,7 @@ class MemoryAsContext(nnx.Module):
         if segment < 1:
             raise ValueError(f"segment {segment} must be at least 1")
         self.memory, self.segment, self.rope_base = memory, segment, rope_base
+        self.remat = remat
         self.heads, self.head_dim = heads, head_dim
         into = ("embed", "heads", "kv")
         self.query = Linear(dim, (heads, head_dim), axes=into, rngs=rngs)
@@ -144,7 +149,7 @@ class MemoryAsContext(nnx.Module):
             aligned = jnp.all(state.slot == 0) & ~jnp.any(tokens.new & inside)
         # Each device goes through the segments of its own rows: the weights are gathered, and their
         # gradients added up, once and not for every segment.
-        return sharding.on_each_device(
+        y, state = sharding.on_each_device(
             _read,
             (self, tokens, state, aligned),
             (whole, rows, states, whole),
@@ -152,6 +157,7 @@ class MemoryAsContext(nnx.Module):
             dims={"batch": x.shape[0]},
             rest="compiler",
         )
+        return remat.keep(y), state
 
     def _tokens(self, x, state, segment_ids, positions) -> "Tokens":
         if positions is None:
@@ -193,8 +199,12 @@ class MemoryAsContext(nnx.Module):
                 y, state = self._piece(tokens, self._filled(state, given), prefix)
                 return self._bare(state), y
 
+            def body_again(state, tokens):
+                return jax.checkpoint(body, prevent_cse=False)(remat.keep(state), tokens)
+
             given = state
-            state, y = jax.lax.scan(body, self._bare(state), jax.tree.map(fold, tokens))
+            run = body_again if self.remat else body
+            state, y = jax.lax.scan(run, self._bare(state), jax.tree.map(fold, tokens))
             state = self._filled(state, given)
             outputs.append(jnp.moveaxis(y, 0, 1).reshape(*y.shape[1:2], whole, y.shape[-1]))
         if whole < length:
@@ -208,14 +218,16 @@ class MemoryAsContext(nnx.Module):
         memory = state.memory.memory
         if self.segment % self.memory.rule.chunk == 0:
             memory = memory._replace(base=())
+        memory = memory._replace(begin=(), slow={})
         memory = state.memory._replace(memory=memory)
         return state._replace(memory=memory, recalled=(), keys=(), values=())
 
     def _filled(self, state: MemoryAsContextState, like: MemoryAsContextState):
         """A state as a segment begins, of a `_bare` one; with the parts that `like` has."""
-        memory = state.memory.memory
+        given = like.memory.memory
+        memory = state.memory.memory._replace(begin=given.begin, slow=given.slow)
         shape = (state.slot.shape[0], 2, self.segment, self.heads, self.head_dim)
-        if like.memory.memory.base:
+        if given.base:
             memory = memory._replace(base=memory.began)
         return state._replace(
             memory=state.memory._replace(memory=memory),
@@ -230,7 +242,7 @@ class MemoryAsContext(nnx.Module):
             return state, y[:, 0]
 
         tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
-        state, y = grouped_scan(body, state, tokens)
+        state, y = grouped_scan(body, state, tokens, levels=2)
         return jnp.moveaxis(y, 0, 1), state
 
     def _piece(self, tokens: "Own", state: MemoryAsContextState, prefix):
@@ -239,14 +251,17 @@ class MemoryAsContext(nnx.Module):
         batch, length = q.shape[:2]
         slot = jnp.where(new[:, 0], 0, state.slot)
         complete = slot + length == self.segment
+        # Unless the backward pass computes whole segments again, it does so with what would keep
+        # much: masks of every entry, the memory's wide layers, angles, scores.
+        again = (lambda run: run) if self.remat else jax.checkpoint
+        choose = again(select)
         recalled = jax.tree.map(
             lambda w_0, w: choose(new[:, 0], w_0, w),
             state.memory.memory.begin.weights,
             state.recalled,
         )
-        h = self.memory.answer(asked, state.memory, recalled)
-        # Its angles are computed again in the backward pass.
-        turn = jax.checkpoint(functools.partial(rotary, base=self.rope_base))
+        h = again(self.memory.answer)(asked, state.memory, recalled)
+        turn = again(functools.partial(rotary, base=self.rope_base))
         k, v = (turn(self.key(h), positions), own_k), (self.value(h), own_v)
 
         # Several tokens begin the segment and see one another; one looks at the cache as well.
@@ -269,7 +284,7 @@ class MemoryAsContext(nnx.Module):
             )
             visible = jnp.tril(jnp.ones((length, length), bool))
             visible = jnp.broadcast_to(visible, (batch, length, length))
-        y = self._attend(q, k, v, visible, prefix)
+        y = again(self._attend)(q, k, v, visible, prefix)
         y = constrain(self.output(y), ("batch", "time", "embed"))
         # Chunks are counted from document starts, as segments are.
         aligned = self.segment % self.memory.rule.chunk == 0
@@ -296,11 +311,8 @@ class MemoryAsContext(nnx.Module):
             k, v = ((p, *z) for p, z in zip(first, (k, v), strict=True))
             masks.insert(0, jnp.ones((batch, length, first[0].shape[1]), bool))
         k, v, mask = (jnp.concatenate(z, axis) for z, axis in ((k, 1), (v, 1), (masks, -1)))
-        # Scores are computed again in the backward pass, and not kept for every segment.
-        attend = jax.checkpoint(
-            lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-        )
-        return attend(*(constrain(z, HEADS) for z in (q, k, v)), mask)
+        q, k, v = (constrain(z, HEADS) for z in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 def _read(layer: MemoryAsContext, tokens: "Tokens", state: MemoryAsContextState, aligned):
@@ -334,8 +346,6 @@ class Own(NamedTuple):
     positions: Int[Array, "B T"]
 
 
-# The backward pass keeps the rows alone, not the mask of every entry.
-@jax.checkpoint
-def choose(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
+def select(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
     """`yes` in the given rows, else `no`."""
     return jnp.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)

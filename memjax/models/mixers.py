@@ -130,6 +130,7 @@ def mac(config, rngs: nnx.Rngs) -> MemoryAsContext:
         persistent=config.persistent,
         rope_base=config.rope_base,
         combine=config.memory.combine,
+        remat=config.remat == "full",
         rngs=rngs,
     )
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from memjax.models import LanguageModelConfig, mixers, sample
 from memjax.models.config import MemoryConfig
+from memjax.models.remat import computed_again
 from tests.layers.test_neural_memory import close, param, parameters
 from tests.models.toys import model_of, tokens_of
 from tests.oracles import miras as engine
@@ -380,6 +381,61 @@ def test_dtypes_and_states_stay_as_they_are(name):
     assert tolerance < 0.2
     close(y, exact, tolerance)
     must_fail(close, y * 1.3, exact, tolerance)
+
+
+def of_segments(remat, ids):
+    """Loss of a MAC layer as a function of parameters and x, inside a model's `remat`."""
+    made = mixer("mac", chunk=2, remat=remat)
+
+    def loss(values, x):
+        def body(x, _):
+            return nnx.merge(made.graphdef, values)(x, segment_ids=ids)[0], None
+
+        body = computed_again(body, remat)
+        return jnp.sum(jnp.sin(jax.lax.scan(body, x, jnp.arange(2))[0]))
+
+    return loss, made.values
+
+
+@pytest.mark.parametrize("ids", [None, np.repeat([[1, 1, 2]], 2, 0).repeat(SEGMENT, 1), IDS])
+def test_segments_computed_again_change_nothing(ids):
+    time = TIME if ids is None else ids.shape[1]
+    ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+    ways = [of_segments(remat, ids) for remat in ("none", "full")]
+    with jax.enable_x64(True):
+        x = jnp.asarray(inputs(time))
+        kept, again = (
+            jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+                jax.tree.map(lambda w: w.astype(x.dtype), values), x
+            )
+            for loss, values in ways
+        )
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+        jax.tree.map(close, again, kept)
+        assert all(abs(leaf).max() > 0 for leaf in jax.tree.leaves(again))
+
+
+def test_of_segments_the_memory_alone_is_kept():
+    x = jnp.asarray(inputs(3 * SEGMENT), jnp.float32)
+    loss, values = of_segments("full", None)
+    kept = jax.eval_shape(lambda *z: jax.vjp(loss, *z)[1], values, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    fast = mixer("mac", chunk=2, remat="full").module.start(2).memory.memory.weights
+    weights = [w.shape for w in (*fast, *fast)]  # and momentum; of two layers, three segments
+    assert sorted(s for s in shapes if len(s) == 6) == sorted((2, 3, *s) for s in weights)
+    assert sum(s[:1] == (2,) and s[-2:] == x.shape[-2:] for s in shapes) == 2  # x and outputs
+    # attention runs forward once, and once more where segments are gone back through
+    assert softmaxes(jax.make_jaxpr(jax.grad(loss))(values, x)) == 2
+
+
+def softmaxes(jaxpr):
+    """Exponentials in a program, which attention alone has here."""
+    counts = []
+    for equation in jaxpr.eqns:
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns"))
+        counts += [softmaxes(p) for p in inner if hasattr(p, "eqns")]
+        counts.append(equation.primitive.name == "exp")
+    return sum(counts)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Sequences whose backward pass recomputes inside groups, so that few states are held at once."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,9 +25,13 @@ def group_size(length: int, group: int | None = None) -> int:
         return min(group, length) if group else length
     if length <= FREE:
         return length
-    root = math.sqrt(length)
-    fits = [g for g in range(math.ceil(root / 2), math.floor(root * 2) + 1) if length % g == 0]
-    return min(fits, key=lambda g: abs(g - root), default=math.ceil(root))
+    return _near(length, math.sqrt(length))
+
+
+def _near(length: int, size: float) -> int:
+    """The divisor of `length` nearest `size`, or `size` where none is between half and twice it."""
+    fits = [n for n in range(math.ceil(size / 2), math.floor(size * 2) + 1) if length % n == 0]
+    return min(fits, key=lambda n: abs(n - size), default=math.ceil(size))
 
 
 def in_groups(
@@ -58,7 +63,17 @@ def in_groups(
 
 
 def grouped_scan(
-    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None
+    step: Callable, carry: PyTree, xs: PyTree, *, group: int | None = None, levels: int = 1
 ) -> tuple[PyTree, PyTree]:
-    """`jax.lax.scan(step, carry, xs)`, saving for the backward pass one carry a group."""
-    return in_groups(lambda carry, xs: jax.lax.scan(step, carry, xs), carry, xs, group=group)
+    """`jax.lax.scan(step, carry, xs)`, saving for the backward pass one carry a group.
+
+    Args:
+        step, carry, xs, group: as for `in_groups`, of one step.
+        levels: groups within groups. n of them hold some (n + 1) T^(1 / (n + 1)) carries of T
+            steps, and compute n times again; 1 where a `group` is given.
+    """
+    if levels == 1:
+        return in_groups(lambda carry, xs: jax.lax.scan(step, carry, xs), carry, xs, group=group)
+    length = jax.tree.leaves(xs)[0].shape[0]
+    run = functools.partial(grouped_scan, step, levels=levels - 1)
+    return in_groups(run, carry, xs, group=_near(length, length ** (levels / (levels + 1))))
