@@ -19,6 +19,7 @@ from absl import flags, logging
 from memjax import training
 from memjax.training import checkpoint, cli, loop, report
 from memjax.training.config import difference
+from memjax.training.signals import EXIT_CODES
 
 HERE = pathlib.Path(__file__).resolve().parent.parent / "configs" / "tnt.py"
 CONFIG = cli.define_config()
@@ -86,8 +87,8 @@ def _reached(workdir: str, expected: list) -> int:
     return newest
 
 
-def _measure(config, stages, chunks, seed: int, workdir: str) -> list[dict] | None:
-    """The rows of one seed, both stages; None where a signal stopped a run."""
+def _measure(config, stages, chunks, seed: int, workdir: str) -> list[dict] | str:
+    """The rows of one seed, both stages, or the signal that stopped a run."""
     rows, expected = [], [_with(config, seed, *stage) for stage in stages]
     reached = _reached(workdir, expected)
     for stage, (chunk, steps) in enumerate(stages, 1):
@@ -96,7 +97,7 @@ def _measure(config, stages, chunks, seed: int, workdir: str) -> list[dict] | No
             summary = training.train(expected[stage - 1], workdir)
             if summary.stopped != "finished":
                 print(f"stopped by {summary.stopped}; run the same command again to go on")
-                return None
+                return summary.stopped
         for size in chunks:
             run, step, params = training.load(workdir, _with(config, seed, size, steps), step=steps)
             bits = float(loop.evaluate(run, params).bits_per_byte)
@@ -144,8 +145,8 @@ def main() -> int:
     rows = []
     for seed in seeds:
         found = _measure(config, stages, chunks, seed, str(root / f"seed-{seed}"))
-        if found is None:
-            return 1
+        if isinstance(found, str):
+            return EXIT_CODES[found]
         rows += found
     (root / "chunks.json").write_text(json.dumps(rows, indent=2) + "\n")
     _draw(rows, root / "chunks.png")

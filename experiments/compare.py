@@ -18,6 +18,7 @@ from absl import flags
 
 from memjax import training
 from memjax.training import cli, loop
+from memjax.training.signals import EXIT_CODES
 
 HERE = pathlib.Path(__file__).resolve().parent.parent / "configs" / "compare.py"
 CONFIG = flags.DEFINE_string("config", str(HERE), "a config file with variants")
@@ -50,7 +51,7 @@ def main() -> int:
             summary = training.train(config, workdir)
             if summary.stopped != "finished":
                 print(f"stopped by {summary.stopped}; run the same command again to go on")
-                return 1
+                return EXIT_CODES[summary.stopped]
             run, _, params = training.load(workdir)
             rows.append(
                 {

@@ -28,6 +28,7 @@ def starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"]) -> Array:
     """Tells which tokens start a document.
 
     `starts[t] = segment_ids[t] != segment_ids[t - 1]`, with `last` before the first token.
+    Ids are compared as int32, as states carry them.
 
     Args:
         segment_ids: [B, T], one id per token, at least 0: a call that ends on an id of -1 leaves
@@ -37,6 +38,7 @@ def starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"]) -> Array:
     Returns:
         Bool [B, T].
     """
+    segment_ids = segment_ids.astype(jnp.int32)
     first = (segment_ids[:, :1] != last[:, None]) & (last[:, None] != -1)
     return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
 
@@ -65,11 +67,10 @@ def follow(
     if segment_ids is None:
         index = seen[:, None] + steps
         return Documents(jnp.zeros_like(index), index, last, seen + time)
-    segment_ids = segment_ids.astype(jnp.int32)  # as the state carries them
     new = starts(segment_ids, last)
     number = jnp.cumsum(new, axis=1, dtype=jnp.int32)
     index = steps - jax.lax.cummax(jnp.where(new, steps, -seen[:, None]), axis=1)
-    return Documents(number, index, segment_ids[:, -1], index[:, -1] + 1)
+    return Documents(number, index, segment_ids[:, -1].astype(jnp.int32), index[:, -1] + 1)
 
 
 def beside(mask: Bool[Array, "*N"], x: Array) -> Bool[Array, "*M"]:

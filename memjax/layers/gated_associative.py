@@ -27,13 +27,12 @@ class GatedAssociativeMemory(nnx.Module):
         conv: width of the depthwise causal convolution, at least 1.
         rngs: the stream `params` draws the weights.
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that is no integer of at least 1.
     Source: GAM (arXiv:2509.00605), section 3.
     """
 
     def __init__(self, dim: int, slots: int = 512, *, conv: int = 4, rngs: nnx.Rngs):
-        if min(dim, slots, conv) < 1:
-            raise ValueError(f"dim {dim}, slots {slots} and conv {conv} must be at least 1")
+        shell.check_sizes(dim=dim, slots=slots, conv=conv)
         self.dim = dim
         self.conv = CausalConv(dim, conv, rngs=rngs)
         self.local = Linear(dim, dim, axes=("embed", None), rngs=rngs)

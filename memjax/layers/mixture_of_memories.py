@@ -63,7 +63,7 @@ class MixtureOfMemories(nnx.Module):
         balance: coefficient of the balancing loss, 0 for none.
         conv: width of the depthwise causal convolutions, 0 for none.
         rule: of every memory (default `miras.zoo.gated_delta_net()`); structure `matrix()`, scalar
-            decay, a rate per token.
+            decay, a rate per token, W_0 = 0.
         rngs: the stream `params` draws the weights.
     Raises:
         ValueError: sizes or a rule that do not fit.
@@ -85,12 +85,9 @@ class MixtureOfMemories(nnx.Module):
         rngs: nnx.Rngs,
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
-        if min(dim, heads, head_dim, memories) < 1 or conv < 0:
-            raise ValueError(
-                f"dim {dim}, heads {heads}, head_dim {head_dim}, memories {memories} must be at "
-                f"least 1, conv {conv} at least 0"
-            )
-        if not 1 <= active <= memories:
+        shell.check_sizes(memories=memories, active=active)
+        shell.check_sizes(0, conv=conv)
+        if active > memories:
             raise ValueError(f"active {active} must be between 1 and memories {memories}")
         checks.real("balance", balance, least=0.0)
         rule = miras.zoo.gated_delta_net() if rule is None else rule
@@ -110,6 +107,7 @@ class MixtureOfMemories(nnx.Module):
                 "without learned features, that leaves a memory alone where lr is 0 and retain 1, "
                 f"not {rule}"
             )
+        shell.check_starts_at_zero("MixtureOfMemories", rule)
         self.dim, self.heads, self.head_dim, self.rule = dim, heads, head_dim, rule
         self.memories, self.active, self.balance = memories, active, balance
         every = memories + 1
@@ -170,8 +168,8 @@ class MixtureOfMemories(nnx.Module):
         shell.check_inputs(x, self.dim, segment_ids, positions)
         state = shell.go_on(self, state, MixtureOfMemoriesState, x.shape[0])
         q, k, v, convs = self._project(x, state.convs, segment_ids)
-        share, balance = self._route(x)
-        used = jnp.repeat(share > 0, self.heads, axis=-1)
+        share, chosen, balance = self._route(x)
+        used = jnp.repeat(chosen, self.heads, axis=-1)
         lr = jnp.where(used, self.lr(x), 0)
         retain = None if self.retain is None else jnp.where(used, self.retain(x), 1)
         every = self.memories + 1
@@ -197,18 +195,22 @@ class MixtureOfMemories(nnx.Module):
         return self._route(x)[0]
 
     def _route(self, x):
-        """`route`, and the balancing loss of each row."""
+        """`route`, which memories are used [B, T, M + 1], and the balancing loss of each row."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        p = jax.nn.softmax(self.router(wide), axis=-1)
-        largest, which = jax.lax.top_k(p, self.active)
-        chosen = jnp.sum(jax.nn.one_hot(which, self.memories, dtype=p.dtype), axis=-2)
-        kept = chosen * p / jnp.sum(largest, axis=-1, keepdims=True)
-        share = jnp.concatenate([jnp.ones_like(kept[..., :1]), kept], axis=-1)
+        logits = self.router(wide)
+        _, which = jax.lax.top_k(logits, self.active)
+        chosen = jnp.any(jax.nn.one_hot(which, self.memories, dtype=bool), axis=-2)
+        kept = jax.nn.softmax(logits, axis=-1, where=chosen)
+        # a share may underflow to 0: that its memory is used stands in `chosen` alone
+        share, used = (
+            jnp.concatenate([jnp.ones_like(z[..., :1]), z], axis=-1) for z in (kept, chosen)
+        )
         if not self.balance:
-            return share, None
-        load = jnp.mean(chosen, axis=1) / self.active
+            return share, used, None
+        p = jax.nn.softmax(logits, axis=-1)
+        load = jnp.mean(chosen, axis=1, dtype=p.dtype) / self.active
         unequal = self.memories * jnp.sum(load * jnp.mean(p, axis=1), axis=-1)
-        return share, Auxiliary((self.balance * unequal).astype(float))
+        return share, used, Auxiliary((self.balance * unequal).astype(float))
 
     def _project(self, x, convs, segment_ids):
         """Queries, keys and values of x, and the convolutions' states."""

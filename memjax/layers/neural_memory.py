@@ -77,10 +77,7 @@ class NeuralMemory(nnx.Module):
         rngs: nnx.Rngs,
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
-        if min(dim, heads, head_dim) < 1:
-            raise ValueError(f"dim {dim}, heads {heads}, head_dim {head_dim} must be at least 1")
-        if conv < 0 or persistent < 0:
-            raise ValueError(f"conv {conv} and persistent {persistent} must be at least 0")
+        shell.check_sizes(0, conv=conv, persistent=persistent)
         shell.check_rate("lr_max", lr_max)
         if rule is not None and not isinstance(rule, miras.Rule):
             raise TypeError(
@@ -138,9 +135,10 @@ class NeuralMemory(nnx.Module):
             A `NeuralMemoryState`; its memory has already read the persistent vectors.
         """
         weights = shell.weights(self.fast, self.slow)
-        memory = miras.start(self.rule, weights, batch)
+        dims = self.head_dim, self.head_dim
+        memory = miras.start(self.rule, weights, batch, dims=dims)
         if self.persistent is not None:
-            row = miras.start(self.rule, weights, 1)
+            row = miras.start(self.rule, weights, 1, dims=dims)
             prefix = self.persistent[...][None]
             q, k, v, _ = self._project(prefix, None, None)
             _, _, row = miras.trace(

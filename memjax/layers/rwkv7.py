@@ -69,10 +69,7 @@ class RWKV7(nnx.Module):
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
         rank = max(8, head_dim // 2) if rank is None else rank
-        if min(dim, heads, head_dim, rank) < 1:
-            raise ValueError(
-                f"dim {dim}, heads {heads}, head_dim {head_dim}, rank {rank} must be at least 1"
-            )
+        shell.check_sizes(rank=rank)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.rule = miras.zoo.rwkv7()
 

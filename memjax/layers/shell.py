@@ -12,6 +12,7 @@ from memjax import miras
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.linear import Linear
 from memjax.layers.statistics import MemoryStats
+from memjax.miras import checks
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
@@ -22,15 +23,33 @@ def head_size(dim: int, heads: int, head_dim: int | None) -> int:
     """`head_dim`, or dim / heads where it is None.
 
     Raises:
-        ValueError: heads that do not divide dim, where they must.
+        ValueError: a size that is no integer of at least 1, or heads that do not divide dim, where
+            they must.
     """
+    check_sizes(dim=dim, heads=heads)
     if head_dim is not None:
+        check_sizes(head_dim=head_dim)
         return head_dim
-    if heads < 1 or dim % heads:
+    if dim % heads:
         raise ValueError(
             f"dim {dim} is not a multiple of heads {heads}: change one, or give head_dim"
         )
     return dim // heads
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Raises ValueError where one of these is no integer of at least `least`."""
+    for name, size in sizes.items():
+        checks.whole(name, size, least)
+
+
+def check_starts_at_zero(layer: str, rule: miras.Rule) -> None:
+    """Raises ValueError where the W_0 of a rule is drawn: the layer has no weights for it."""
+    if not rule.structure.starts_at_zero:
+        raise ValueError(
+            f"{layer} begins at W_0 = 0, but {rule.structure} draws it: use matrix(scale=0.0), or "
+            "NeuralMemory, which learns W_0"
+        )
 
 
 def check_rate(name: str, value: float | int) -> None:
@@ -43,9 +62,11 @@ def check_rate(name: str, value: float | int) -> None:
 def check_inputs(
     x: Array, dim: int, segment_ids: Array | None = None, positions: Array | None = None
 ) -> None:
-    """Raises ValueError where x is not [B, T >= 1, dim], or others are no integers [B, T]."""
+    """Raises ValueError where x is no floating [B, T >= 1, dim], or others no integers [B, T]."""
     if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1:
         raise ValueError(f"x has shape {x.shape}; it must be [B, T >= 1, {dim}]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}: it must be floating-point")
     for name, given in (("segment_ids", segment_ids), ("positions", positions)):
         if given is not None and given.shape != x.shape[:2]:
             raise ValueError(f"{name} has shape {given.shape}, must be {x.shape[:2]}")
@@ -180,14 +201,22 @@ def initial_weights(
     if axes is None:
         axes = [("heads", "memory_in", "memory_out")] * len(drawn.fast)
     fast = nnx.List(nnx.Param(w, axes=names) for w, names in zip(drawn.fast, axes, strict=True))
-    slow = nnx.Dict(
-        {
-            # no other slow weight has the axis of the outputs
-            name: nnx.Param(w, axes=("heads", "memory_out" if name in ("scale", "bias") else None))
-            for name, w in drawn.slow.items()
-        }
-    )
-    return fast, slow
+    return fast, slow_weights(drawn.slow)
+
+
+def slow_weights(drawn: Mapping[str, Array]) -> Mapping[str, nnx.Param]:
+    """The slow weights of a memory as parameters, split over the mesh by heads.
+
+    Args:
+        drawn: by name, each [H, ...].
+    """
+
+    def axes(name: str, ndim: int) -> tuple[str | None, ...]:
+        if name in ("scale", "bias") and ndim == 2:
+            return ("heads", "memory_out")  # of the norm of the outputs
+        return ("heads", *[None] * (ndim - 1))
+
+    return nnx.Dict({name: nnx.Param(w, axes=axes(name, w.ndim)) for name, w in drawn.items()})
 
 
 def weights(fast: Sequence[nnx.Param], slow: Mapping[str, nnx.Param]) -> miras.Weights:

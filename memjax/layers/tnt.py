@@ -13,6 +13,7 @@ from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import MemoryStats
+from memjax.miras import checks
 from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -86,11 +87,10 @@ class TNTMemory(nnx.Module):
         rngs: nnx.Rngs,
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
-        if min(dim, heads, head_dim, chunk, shard, *local_chunks) < 1 or conv < 0:
-            raise ValueError(
-                f"dim {dim}, heads {heads}, head_dim {head_dim}, chunk {chunk}, shard {shard} and "
-                f"local_chunks {local_chunks} must be at least 1, conv {conv} at least 0"
-            )
+        shell.check_sizes(chunk=chunk, shard=shard)
+        shell.check_sizes(0, conv=conv)
+        for i, size in enumerate(local_chunks):
+            checks.whole(f"local_chunks[{i}]", size)
         if any(shard % size for size in local_chunks):
             raise ValueError(f"shard {shard} must be a multiple of each of {local_chunks}")
         shell.check_rate("lr_max", lr_max)
@@ -127,7 +127,7 @@ class TNTMemory(nnx.Module):
         """
         rules = (self.rule, *self.local_rules)
         overall, *local = (
-            miras.start(rule, weights(), batch)
+            miras.start(rule, weights(), batch, dims=(self.head_dim, self.head_dim))
             for rule, weights in zip(rules, self.memories, strict=True)
         )
         square = miras.zoo.linear_attention()

@@ -65,8 +65,12 @@ class Learner:
         """
         raise TypeError(f"{self} does not act at the ends of chunks")
 
-    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
-        """The end of a chunk of `count` tokens, for a learner that `closes`: as `update`."""
+    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
+        """`velocity` where so many tokens were gathered, for a learner that has to know."""
+        return velocity
+
+    def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
+        """The end of a chunk, for a learner that `closes`: as `update`."""
         raise TypeError(f"{self} does not act at the ends of chunks")
 
     def update(
@@ -126,11 +130,15 @@ class delta_gd(gd):
     erases = True
 
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
-        plain = retention.linear and not retention.closes and not retention.first
-        if isinstance(structure, vector) or not plain:
+        if isinstance(structure, vector):
             raise ValueError(
-                "delta_gd() erases along the input of each linear map, beside none() or decay() "
-                f'before the "update": it is not there for {structure} with {retention}'
+                "delta_gd() erases along the input of each linear map, which is the same for all "
+                f"keys in {structure}: use matrix() or mlp(), or learner=gd()"
+            )
+        if not retention.linear or retention.closes or retention.first:
+            raise ValueError(
+                f'delta_gd() erases beside none() or decay() before the "update", not {retention}: '
+                "use one of them, or learner=gd()"
             )
 
 
@@ -194,12 +202,7 @@ class exchange(gd):
     exchanges = True
 
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
-        _online_matrix("exchange()", structure, bias, retention, chunk)
-        if retention.first:
-            raise ValueError(
-                "exchange() finds along k what stood there before the decay: use decay() with "
-                'before="update"'
-            )
+        _online_matrix("exchange()", structure, bias, retention, chunk, first=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +212,8 @@ class normal_equations(gd):
         W_t = argmin_W  sum_{i <= t} (prod_{i < j <= t} a_j) lr_i ||k_i W - v_i||^2 + ridge
 
     from `H_t = a_t H_{t-1} + lr_t k_t^T k_t` and `G_t = a_t G_{t-1} + lr_t k_t^T v_t`, by conjugate
-    gradients for each query. Needs `least_squares`, `l2`, scalar decay and chunk 1.
+    gradients for each query. Needs `least_squares`, `l2`, scalar decay and chunk 1. Both start at
+    0: fast weights given to `miras.start` are not read.
 
     Args:
         steps: iterations; K of them are exact but for rounding.
@@ -229,9 +233,7 @@ class normal_equations(gd):
         return (jnp.zeros((*w.shape[:-1], w.shape[-2]), w.dtype),)
 
     def check(self, structure: Structure, bias: Bias, retention: Retention, chunk: int) -> None:
-        _online_matrix("normal_equations()", structure, bias, retention, chunk)
-        if not isinstance(structure, least_squares):
-            raise ValueError(f"normal_equations() needs least_squares(), not {structure}")
+        _online_matrix("normal_equations()", structure, bias, retention, chunk, kind=least_squares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +289,9 @@ class chunk_muon(Learner):
 
         S = mean(e_t) S - sum_t lr_t g_t,     W = W' + NS(S)         over the tokens of a chunk
 
-    Inside a chunk the memory stays as it is, whatever the rule's `read`.
+    Inside a chunk the memory stays as it is, whatever the rule's `read`. The momentum holds S as
+    "before", the sums of `-lr_t g_t` and of e_t since the chunk began as "sum" and "rate", and how
+    many tokens they are of as "count".
 
     Args:
         steps: Newton-Schulz iterations; 0 = `W = W' + S`, plain momentum by chunk.
@@ -314,24 +318,32 @@ class chunk_muon(Learner):
     def start(self, weights: PyTree) -> PyTree:
         zeros = jax.tree.map(jnp.zeros_like, weights)
         rate = jnp.zeros_like(jax.tree.leaves(weights)[0][..., 0, 0])
-        return {"before": zeros, "sum": jax.tree.map(jnp.zeros_like, zeros), "rate": rate}
+        return {
+            "before": zeros, "sum": jax.tree.map(jnp.zeros_like, zeros), "rate": rate,
+            "count": jnp.zeros_like(rate),
+        }  # fmt: skip
 
     def update(
         self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
     ) -> tuple[PyTree, PyTree]:
         velocity = self.gather(velocity, jax.tree.map(lambda g: -lr * g, gradient), eta)
+        velocity = self.counted(velocity, jnp.ones_like(velocity["count"]))
         return velocity, jax.tree.map(jnp.zeros_like, gradient)
 
     def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
         total = jax.tree.map(jnp.add, velocity["sum"], total)
         return velocity | {"sum": total, "rate": velocity["rate"] + rate}
 
-    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
-        rate = velocity["rate"] / count
+    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
+        return velocity | {"count": jax.lax.stop_gradient(velocity["count"]) + tokens}
+
+    def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
+        rate = velocity["rate"] / jnp.maximum(velocity["count"], 1)
         moved = jax.tree.map(lambda m, s: rate * m + s, velocity["before"], velocity["sum"])
         change = jax.tree.map(lambda s: orthogonal(s, self.steps) if self.steps else s, moved)
         zeros = jax.tree.map(jnp.zeros_like, moved)
-        return {"before": moved, "sum": zeros, "rate": jnp.zeros_like(rate)}, change
+        nothing = jnp.zeros_like(rate)
+        return {"before": moved, "sum": zeros, "rate": nothing, "count": nothing}, change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,8 +405,11 @@ class omega(Learner):
     def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
         return self.step.gather(velocity, total, rate)
 
-    def close(self, velocity: PyTree, count: Float[Array, ""]) -> tuple[PyTree, PyTree]:
-        return self.step.close(velocity, count)
+    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
+        return self.step.counted(velocity, tokens)
+
+    def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
+        return self.step.close(velocity)
 
     def response(
         self, eta: Float[Array, " C"] | None, same: Bool[Array, "C C"], first: Bool[Array, " C"]
@@ -403,19 +418,39 @@ class omega(Learner):
 
 
 def _online_matrix(
-    name: str, structure: Structure, bias: Bias, retention: Retention, chunk: int
+    name: str,
+    structure: Structure,
+    bias: Bias,
+    retention: Retention,
+    chunk: int,
+    *,
+    kind: type[matrix] = matrix,
+    first: bool = True,
 ) -> None:
-    """Raises ValueError where the memory is not a plain matrix that learns at every token."""
-    plain = checks.keeps(structure, (matrix,), "forward", "mapped") and structure.features is None
+    """Raises ValueError where the memory is not a plain matrix that learns at every token.
+
+    Args:
+        name: of the learner.
+        structure, bias, retention, chunk: the rule's.
+        kind: what the structure has to be.
+        first: whether the decay may come before the gradient.
+    """
+    plain = checks.keeps(structure, (kind,), "forward", "mapped") and structure.features is None
     decays = retention.linear and not retention.closes and not retention.to_initial
-    for fits, part, wanted in (
-        (plain, structure, "a matrix without features"),
-        (checks.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
-        (decays, retention, "decay() or none()"),
-        (chunk == 1, f"chunk={chunk}", "chunk=1"),
-    ):
-        if not fits:
-            raise ValueError(
-                f"{name} has a closed form for {wanted} alone, not for {part}: take {wanted}, or "
-                "another learner, such as gd() or momentum()"
-            )
+    usual = first or not retention.first
+    misfits = [
+        f"for {wanted} alone, not for {part}"
+        for fits, part, wanted in (
+            (plain, structure, "least_squares()" if kind is least_squares else
+             "a matrix without features"),
+            (checks.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
+            (decays and usual, retention, "decay() or none()"),
+            (chunk == 1, f"chunk={chunk}", "chunk=1"),
+        )
+        if not fits
+    ]  # fmt: skip
+    if misfits:
+        raise ValueError(
+            f"{name} has a closed form {', '.join(misfits)}: change what does not fit, or take "
+            "another learner, such as gd() or momentum()"
+        )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.miras import checks, passes
+from memjax.miras.structure import Structure
 from memjax.typing import Array, Float
 
 EPSILON = 1e-6
@@ -38,6 +39,9 @@ class Retention:
     def first(self) -> bool:
         """Whether the memory decays before a token's gradient is taken."""
         return False
+
+    def check(self, structure: Structure) -> None:
+        """Raises ValueError, with the reason, where this retention cannot serve such a memory."""
 
     def factors(self, retain: Float[Array, "*shape"] | None) -> Float[Array, "*shape"] | None:
         """The factors `a_t` of these gates; None stands for 1."""
@@ -146,12 +150,13 @@ def _norm_jvp(q, primals, tangents):
 class lq(_Linked):
     """The q-norm: `A_t = a_t A_{t-1} + change_t`, `W_t = A_t / ||A_t||_q^(q-2)`.
 
-    The norm is over all entries of a matrix; at q = 2 this is `decay()`.
+    The norm is over all entries of a matrix; at q = 2 this is `decay()`. Above 2 the link is steep
+    without bound at A = 0, so that a memory must not start there.
 
     Args:
         q: above 1. The derivation in the paper covers q <= 2; its Moneta takes 4.
     Raises:
-        ValueError: another q.
+        ValueError: another q; in a `Rule`, q > 2 where W_0 = 0.
     Source: Miras (arXiv:2504.13173), equations 23 and 24.
     """
 
@@ -159,6 +164,12 @@ class lq(_Linked):
 
     def __post_init__(self):
         checks.real("lq q", self.q, above=1.0)
+
+    def check(self, structure: Structure) -> None:
+        if self.q > 2:
+            _starts_elsewhere(
+                structure, f"lq({self.q:g}) has a link of unbounded slope at A = 0, gradients too"
+            )
 
     def link(self, a: Float[Array, "*N I O"]) -> Float[Array, "*N I O"]:
         return a * self._scale(a)
@@ -239,10 +250,17 @@ class renormalise(none):
 
         W[:, o] = ||W_0[:, o]|| W[:, o] / ||W[:, o]||
 
+    Raises:
+        ValueError: in a `Rule`, where W_0 = 0.
     Source: LaCT (arXiv:2505.23884), equation 10.
     """
 
     closes = True
+
+    def check(self, structure: Structure) -> None:
+        _starts_elsewhere(
+            structure, "renormalise() takes the weights back to the norms of W_0, here to 0"
+        )
 
     def close(
         self, a: Float[Array, "*N I O"], begin: Float[Array, "*#N I O"]
@@ -251,3 +269,12 @@ class renormalise(none):
             return jnp.sqrt(jnp.sum(jnp.square(w), axis=-2, keepdims=True) + EPSILON**2)
 
         return a * (norm(begin) / norm(a))
+
+
+def _starts_elsewhere(structure: Structure, why: str) -> None:
+    """Raises ValueError where W_0 = 0."""
+    if structure.starts_at_zero:
+        raise ValueError(
+            f"{why}, and {structure} starts at W_0 = 0: take matrix(scale=1.0), mlp(), or another "
+            "scale above 0"
+        )

@@ -1,7 +1,6 @@
 """A rule names a memory by its four choices; a state is what it holds while it reads a sequence."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,12 +20,14 @@ class Gates(NamedTuple):
 
     Attributes:
         lr: theta, the inner learning rate, > 0, [B, T, H].
-        momentum: eta, 0 = none, [B, T, H]; read by `learner=momentum()`.
+        momentum: eta, 0 = none, [B, T, H]; read by `momentum()`, `muon()`, `delta_momentum()`,
+            `chunk_muon()`, and `omega()` over one of them.
         retain: a = 1 - alpha, 1 = keep everything, [B, T, H], or per key channel [B, T, H, K];
-            read by `retention=decay()`; None = 1.
+            read by `decay()`, `lq()`, `simplex()` and `elastic_net()`; None = 1.
         scale: c, the factor on the chunk's update as token t sees it: the memory read is
             `W' + c_t (W_t - W')`, with W' the weights at the chunk's start, and the chunk's last
             factor is the one that stays (TTT's learned rate by position), [B, T, H]; None = 1.
+            `exchange()` and `normal_equations()` refuse it.
         threshold: d or D of the biases that have one, `huber()` and `robust()`, > 0, [B, T, H].
         window: w_{t,i}, how much of the gradients of itself and of the tokens before it a token
             takes under `learner=omega(c)`: of itself first, [B, T, H, c]; None = 1.
@@ -157,6 +158,7 @@ class Rule:
                 " read: use matrix()"
             )
         self.learner.check(self.structure, self.bias, self.retention, self.chunk)
+        self.retention.check(self.structure)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         """Learned initial memory W_0, no batch axis; `jax.vmap` over keys adds a heads axis."""
@@ -165,24 +167,33 @@ class Rule:
         return self.structure.init(key, dim_k, dim_v)
 
 
-def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) -> State:
-    """The state before the first token: every row holds W_0.
+def start(
+    rule: Rule,
+    weights: Weights,
+    batch: int,
+    heads: int | None = None,
+    *,
+    dims: tuple[int, int] | None = None,
+) -> State:
+    """The state before the first token: every row holds W_0 (0 for `normal_equations()`).
 
     Args:
         rule: the memory.
         weights: from `rule.init`, with or without a leading heads axis.
         batch: number of rows.
         heads: number of heads that share `weights`, where these have no heads axis (default 1).
+        dims: (K, V), the dimensions of keys and values. Only the window of `omega()` needs them,
+            and only of a structure whose weights are the same for several.
     Returns:
         A state in fp32 (fp64 where the weights are).
     Raises:
-        ValueError: weights that are not this rule's, or `heads` that contradicts them.
+        ValueError: weights that are not this rule's at `dims`, `heads` that contradicts them, or
+            no `dims` where they are needed. Without `dims`, the forms find weights of another rule.
     """
-    plain = fits(rule, weights.fast, weights.slow)
     checks.whole("batch", batch)
     if heads is not None:
         checks.whole("heads", heads)
-    axes = weights.fast[0].ndim - plain.fast[0].ndim
+    axes = weights.fast[0].ndim - 2
     if axes not in (0, 1):
         raise ValueError(
             f"weights have {axes} leading axes: rule.init gives none, a heads axis makes one"
@@ -193,29 +204,116 @@ def start(rule: Rule, weights: Weights, batch: int, heads: int | None = None) ->
         copies = heads or 1
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (copies, *w.shape)), weights)
     weights = jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
-    begin = Begin(weights.fast, rule.learner.start(weights.fast))
-    pairs = _pairs(rule, weights.fast, batch)
-    return _at(rule, begin, weights.slow, batch)._replace(pairs=pairs)
+    if dims is not None:
+        fits(rule, *weights, *dims)
+    fast = weights.fast
+    if rule.learner.solves:
+        fast = jax.tree.map(jnp.zeros_like, fast)
+    begin = Begin(fast, rule.learner.start(fast))
+    return _at(rule, begin, weights.slow, batch)._replace(pairs=_pairs(rule, weights, batch, dims))
 
 
-def fits(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
-    """Raises ValueError where these are not weights of the rule; else their shapes in `init`."""
-    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), 2, 2))
+def fits(
+    rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array], dim_k: int, dim_v: int
+) -> None:
+    """Raises ValueError where weights are not the rule's for keys and values of these dimensions.
+
+    Args:
+        rule: the memory.
+        fast: [..., I, O] each.
+        slow: [H, ...] each.
+        dim_k, dim_v: K and V.
+    """
+    shapes = _of_a_head(fast, slow)
+    try:
+        plain = _drawn(rule, dim_k, dim_v)
+    except ValueError as error:
+        _name_dims(rule, shapes, dim_k, dim_v, error)
+        raise
     if len(plain.fast) != len(fast) or plain.slow.keys() != slow.keys():
         raise ValueError(
             f"there are {len(fast)} fast and {sorted(slow)} slow weights, but {rule.structure} has "
             f"{len(plain.fast)} and {sorted(plain.slow)}: use rule.init and miras.start of this "
             "rule"
         )
-    dims = rule.structure.key_dim(fast), fast[-1].shape[-1]
-    plain = jax.eval_shape(lambda: rule.init(jax.random.key(0), *dims))
-    found = [w.shape[-2:] for w in fast]
-    if found != [w.shape for w in plain.fast]:
+    if _shapes(shapes) != _shapes(plain):
+        _name_dims(rule, shapes, dim_k, dim_v)
+        of = "fast" if _shapes(shapes.fast) != _shapes(plain.fast) else "slow"
         raise ValueError(
-            f"the fast weights are {found}, but {rule.structure} has "
-            f"{[w.shape for w in plain.fast]}: use rule.init and miras.start of this rule"
+            f"the {of} weights are {_shapes(getattr(shapes, of))}, but {rule.structure} has "
+            f"{_shapes(getattr(plain, of))} for keys of dim {dim_k} and values of dim {dim_v}: use "
+            "rule.init and miras.start of this rule"
         )
-    return plain
+
+
+def reads(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array], dim_k: int) -> None:
+    """Raises ValueError where weights (see `fits`) are not the rule's for queries of this dim."""
+    shapes = _of_a_head(fast, slow)
+    try:
+        dim_v = _answered(rule, shapes, dim_k)
+    except (TypeError, ValueError) as error:
+        if dims := _dims(rule, shapes):
+            raise ValueError(f"the memory has keys of dim {dims[0]}, but q has {dim_k}") from error
+        raise ValueError(
+            f"the fast weights are {_shapes(shapes.fast)}, and {rule.structure} cannot read q of "
+            f"dim {dim_k} with them: use a state of miras.start with this rule"
+        ) from error
+    fits(rule, fast, slow, dim_k, dim_v)
+
+
+def _of_a_head(fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
+    """Shapes and dtypes of one head's weights."""
+    return Weights(
+        tuple(jax.ShapeDtypeStruct(w.shape[-2:], w.dtype) for w in fast),
+        {name: jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for name, w in slow.items()},
+    )
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.shape, tree)
+
+
+def _drawn(rule: Rule, dim_k: int, dim_v: int) -> Weights:
+    """Shapes of `rule.init`."""
+    return jax.eval_shape(lambda: rule.init(jax.random.key(0), dim_k, dim_v))
+
+
+def _answered(rule: Rule, shapes: Weights, dim_k: int) -> int:
+    """Dimension of what a head answers to a key of this dimension."""
+    key = jax.ShapeDtypeStruct((1, dim_k), shapes.fast[0].dtype)
+    return jax.eval_shape(rule.structure.apply, shapes, key).shape[-1]
+
+
+def _dims(rule: Rule, shapes: Weights) -> tuple[int, int] | None:
+    """The dimensions of keys and values that one head's weights are for, if it can only be these.
+
+    Where a form is called, keys and values tell; these are for what has to be made before, and for
+    messages.
+    """
+    sizes, found = shapes.fast[0].shape, []
+    for dim_k in range(1, max(sizes) + 1):
+        try:
+            if rule.structure.inputs(dim_k) not in sizes:
+                continue
+            dim_v = _answered(rule, shapes, dim_k)
+            if _shapes(_drawn(rule, dim_k, dim_v)) == _shapes(shapes):
+                found.append((dim_k, dim_v))
+        except (TypeError, ValueError):
+            continue
+        if len(found) > 1:
+            return None
+    return found[0] if found else None
+
+
+def _name_dims(
+    rule: Rule, shapes: Weights, dim_k: int, dim_v: int, error: ValueError | None = None
+) -> None:
+    """Raises ValueError where weights are the rule's, but certainly for other dimensions."""
+    dims = _dims(rule, shapes)
+    if dims not in (None, (dim_k, dim_v)):
+        raise ValueError(
+            f"the memory maps dim {dims[0]} to {dims[1]}, but k has {dim_k} and v {dim_v}"
+        ) from error
 
 
 def begin_from(rule: Rule, state: State, batch: int) -> State:
@@ -236,9 +334,9 @@ def begin_from(rule: Rule, state: State, batch: int) -> State:
         raise ValueError(f"begin_from takes a state of 1 row, got {state.place.shape[0]}")
     begin = Begin(state.weights, state.momentum)
     if rule.learner.closes or rule.retention.closes:
-        count = state.place[0].astype(begin.weights[0].dtype)
-        closed = close_chunk(rule, state.begin, state.began, *begin, jnp.maximum(count, 1))
-        begin = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), Begin(*closed), begin)
+        inside = state.place[0] > 0
+        closed = close_chunk(rule, state.begin, state.began, *begin)
+        begin = jax.tree.map(lambda new, old: jnp.where(inside, new, old), Begin(*closed), begin)
     begin = jax.tree.map(lambda w: w[0], begin)
     pairs = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), state.pairs)
     return _at(rule, begin, state.slow, batch)._replace(pairs=pairs)
@@ -250,7 +348,6 @@ def close_chunk(
     base: PyTree,
     weights: PyTree,
     velocity: PyTree,
-    count: int | Float[Array, ""],
     scale: Float[Array, "B H"] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The end of a chunk: (weights, momentum) that the next one begins with.
@@ -259,14 +356,11 @@ def close_chunk(
         rule: the memory.
         begin: what a document starts from.
         base, weights, velocity: as in `State`, after the chunk's last token.
-        count: tokens of the chunk.
         scale: `Gates.scale` of its last token.
     """
     weights = scaled(base, weights, scale)
     if rule.learner.closes:
-        count = jnp.asarray(count, weights[0].dtype)
-        step = functools.partial(rule.learner.close, count=count)
-        velocity, change = jax.vmap(jax.vmap(step))(velocity)
+        velocity, change = jax.vmap(jax.vmap(rule.learner.close))(velocity)
         weights = jax.tree.map(jnp.add, weights, change)
     return jax.tree.map(rule.retention.close, weights, begin.weights), velocity
 
@@ -278,16 +372,23 @@ def scaled(base: PyTree, weights: PyTree, scale: Float[Array, "*N"] | None) -> P
     return jax.tree.map(lambda b, w: b + scale[..., None, None] * (w - b), base, weights)
 
 
-def _pairs(rule: Rule, fast: tuple[Array, ...], batch: int) -> Pairs | tuple[()]:
-    """An empty window."""
+def _pairs(
+    rule: Rule, weights: Weights, batch: int, dims: tuple[int, int] | None
+) -> Pairs | tuple[()]:
+    """An empty window, for weights [H, ...]."""
     count = rule.learner.window - 1
     if not count:
         return ()
-    rows = (batch, fast[0].shape[0], count)
-    dtype = fast[0].dtype
+    dims = dims or _dims(rule, _of_a_head(*weights))
+    if dims is None:
+        raise ValueError(
+            f"{rule.learner} keeps keys and values, whose dimensions these weights of "
+            f"{rule.structure} do not tell: give miras.start dims=(K, V)"
+        )
+    rows, dtype = (batch, weights.fast[0].shape[0], count), weights.fast[0].dtype
     return Pairs(
-        jnp.zeros((*rows, rule.structure.key_dim(fast)), dtype),
-        jnp.zeros((*rows, fast[-1].shape[-1]), dtype),
+        jnp.zeros((*rows, dims[0]), dtype),
+        jnp.zeros((*rows, dims[1]), dtype),
         jnp.ones(rows, dtype) if rule.bias.needs_threshold else None,
         jnp.zeros((batch, count), bool),
     )

@@ -62,19 +62,14 @@ class Structure:
         """Whether retention per key channel is defined: one linear map, straight from the key."""
         return False
 
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether a fast weight of `init` is all zero: some retentions cannot go on from there."""
+        return False
+
     def inputs(self, dim_k: int) -> int:
         """Features that the first linear map gets for a key of dimension `dim_k`."""
         return dim_k if self.features is None else self.features.dim(dim_k)
-
-    def key_dim(self, fast: tuple[Array, ...]) -> int:
-        """The dimension of the keys that these weights are for."""
-        return self._key_dim(fast[0].shape[-2])
-
-    def _key_dim(self, features: int) -> int:
-        for k in range(1, features + 1):
-            if self.inputs(k) == features:
-                return k
-        raise ValueError(f"no key has {features} features under {self}: use weights of rule.init")
 
     def mapped(self, slow: dict[str, Array], x: Float[Array, "N K"]) -> Float[Array, "N F"]:
         """The key as the first linear map gets it."""
@@ -103,10 +98,16 @@ class vector(Structure):
     Args:
         scale: what every weight is at the start.
         features: see `memjax.miras.features`; they must give V features.
+    Raises:
+        ValueError: a scale that is not a finite number.
     Source: Miras (arXiv:2504.13173), section 3 names it as the simplest structure.
     """
 
     scale: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.real("vector scale", self.scale)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         if self.inputs(dim_k) != dim_v:
@@ -116,8 +117,9 @@ class vector(Structure):
             )
         return Weights((jnp.full((1, dim_v), self.scale, float),), _slow(self))
 
-    def key_dim(self, fast: tuple[Array, ...]) -> int:
-        return self._key_dim(fast[0].shape[-1])
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.scale == 0
 
     def forward(self, linear: Linear, slow: dict[str, Array], x: Array) -> Array:
         return self.mapped(slow, x) * linear(0, jnp.ones_like(x[:, :1]))
@@ -130,9 +132,15 @@ class matrix(Structure):
     Args:
         scale: W_0 is normal with deviation `scale / sqrt(F)`; 0 = zero.
         features: phi, see `memjax.miras.features`.
+    Raises:
+        ValueError: a scale that is not a finite number of at least 0.
     """
 
     scale: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.real(f"{type(self).__name__} scale", self.scale, least=0.0)
 
     def init(self, key: Key, dim_k: int, dim_v: int) -> Weights:
         return Weights((_normal(key, self.inputs(dim_k), dim_v, self.scale),), _slow(self))
@@ -144,15 +152,23 @@ class matrix(Structure):
     def channelwise(self) -> bool:
         return self.features is None
 
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.scale == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class least_squares(matrix):
     """A `matrix` whose learner solves for it, with a ridge per key channel: `normal_equations`.
 
-    The ridge is `softplus` of the slow weight "ridge" [K], 1 at the start.
+    The ridge is `softplus` of the slow weight "ridge" [K], 1 at the start. W_0 = 0.
 
+    Raises:
+        ValueError: features.
     Source: MesaNet (arXiv:2506.05233), equation 9, its Lambda.
     """
+
+    scale: float = dataclasses.field(default=0.0, init=False, repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,10 +188,17 @@ class _Deep(Structure):
         super().__post_init__()
         name = type(self).__name__
         checks.whole(f"{name} expansion", self.expansion)
+        checks.boolean(f"{name} norm", self.norm)
+        checks.boolean(f"{name} residual", self.residual)
+        checks.real(f"{name} scale", self.scale, least=0.0)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"{name} activation {self.activation!r} must be one of {', '.join(ACTIVATIONS)}"
             )
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.scale == 0
 
     def _init(self, key: Key, shapes: list[tuple[int, int]], dim_k: int, dim_v: int) -> Weights:
         if self.residual and dim_k != dim_v:
@@ -214,7 +237,7 @@ class mlp(_Deep):
         scale: W_0 is normal with deviation `scale / sqrt(fan_in)`.
         features: phi, see `memjax.miras.features`.
     Raises:
-        ValueError: a depth, expansion or activation that does not exist.
+        ValueError: a depth, expansion, activation, norm, residual or scale that does not exist.
     Source: Titans (arXiv:2501.00663) section 3.1; TTT (arXiv:2407.04620) section 2.7; the residual
         form with norm is also that of Miras (arXiv:2504.13173) section 5.
     """
@@ -258,7 +281,7 @@ class gated_mlp(_Deep):
         expansion: hidden dimension F over key dimension.
         activation, norm, residual, scale, features: see `mlp`.
     Raises:
-        ValueError: an expansion or activation that does not exist.
+        ValueError: an expansion, activation, norm, residual or scale that does not exist.
     Source: LaCT (arXiv:2505.23884), equation 9; ATLAS (arXiv:2505.23735), its gated memory, with
         "gelu" and residual.
     """

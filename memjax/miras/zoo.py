@@ -55,8 +55,9 @@ def titans(
 def ttt_linear(*, chunk: int = 16) -> Rule:
     """TTT-Linear: `M(x) = x + LayerNorm(x W)`, gradient descent in minibatches, no forgetting.
 
-    The layer's rates are `lr_j = sigmoid(.) base / D` by token and `Gates.scale`
-    `c_i = max(0, 1/(i+1) + learned_i)` by place in the minibatch.
+    The authors' layer has the rates `lr_j = sigmoid(.) base / D` by token and as `Gates.scale`
+    `c_i = max(0, 1/(i+1) + learned_i)` by place in the minibatch; `layers.NeuralMemory` has
+    `lr_max sigmoid(.)` and no scale.
 
     Source: TTT (arXiv:2407.04620), sections 2.4, 2.5 and 2.7.
     """
@@ -74,6 +75,9 @@ def ttt_mlp(*, chunk: int = 16, expansion: int = 4) -> Rule:
 
 def linear_attention() -> Rule:
     """Linear attention: `W_t = W_{t-1} + lr_t k_t^T v_t`, with lr = 1.
+
+    The rule is the numerator alone: phi on queries and keys, and the normaliser, are added by
+    `layers.matrix_memory.linear_attention`.
 
     Source: Katharopoulos et al. (arXiv:2006.16236), equations 16 to 20.
     """

@@ -303,7 +303,10 @@ class LanguageModelConfig:
             if value not in valid:
                 raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), valid)}")
         if not isinstance(self.memory, MemoryConfig):
-            raise ValueError(f"memory must be a MemoryConfig, got {self.memory!r}")
+            raise ValueError(
+                f"memory must be a MemoryConfig, got {self.memory!r}: write MemoryConfig(rule=...),"
+                " or LanguageModelConfig.from_dict(...) for plain data"
+            )
         self._check_blocks()
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(

@@ -100,7 +100,8 @@ class LanguageModel(nnx.Module):
         """Logits of the token after each token: `head(hidden(tokens))`.
 
         Args:
-            tokens: [B, T], ids below `config.vocab`; any other gives NaN from there on.
+            tokens: [B, T], ids below `config.vocab`; any other gives NaN from there on in its
+                document, and through attention anywhere in its row.
             state: of the tokens before; None: there are none. Splitting a sequence anywhere and
                 carrying the state changes nothing.
             segment_ids: [B, T], which document each token belongs to; documents do not see one

@@ -112,17 +112,20 @@ def to_oracle(state) -> oracle.State:
 
 def from_oracle(state, other: oracle.State):
     """The engine's state with what the oracle computed in it."""
+    momentum = _tuples(other.momentum)
+    if "count" in state.momentum:
+        momentum |= {"count": np.broadcast_to(other.place[:, None], momentum["rate"].shape) * 1.0}
     return state._replace(
         base=tuple(other.base) if state.base else (), weights=tuple(other.weights),
-        momentum=_tuples(other.momentum), place=other.place, segment=other.segment,
+        momentum=momentum, place=other.place, segment=other.segment,
         pairs=miras.Pairs(**other.pairs) if other.pairs else (),
     )  # fmt: skip
 
 
 def _lists(momentum):
-    """Matrices as the oracle holds them."""
+    """Matrices as the oracle holds them, which counts a chunk's tokens by their place."""
     if isinstance(momentum, dict):
-        return {name: _lists(value) for name, value in momentum.items()}
+        return {name: _lists(value) for name, value in momentum.items() if name != "count"}
     return list(momentum) if isinstance(momentum, tuple) else momentum
 
 
@@ -156,6 +159,8 @@ def _states(case):
         state = jax.tree.map(np.asarray, fresh(case))
     random = np.random.default_rng(5)
     begin = jax.tree.map(lambda s: 0.1 * random.normal(size=s.shape), state.begin.momentum)
+    if "count" in begin:
+        begin["count"] = np.zeros_like(begin["count"])
     state = state._replace(begin=state.begin._replace(momentum=begin))
     before = stream(case, PREFIX, seed=1)
     _, _, last = oracle.run(case.oracle, to_oracle(state), *before, PREFIX_IDS)

@@ -207,3 +207,19 @@ def test_states_of_another_rule_and_integers_are_refused(form):
         miras.read(RULE, state, q[..., :2])
     with pytest.raises(ValueError, match="heads 0"):
         miras.start(RULE, RULE.init(jax.random.key(0), DIM, DIM), BATCH, heads=0)
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+def test_a_state_from_narrow_storage_is_widened(form):
+    state, q, k, v, gates = scene(RULE)
+    narrow = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+    )
+    exact = jax.tree.map(lambda x, like: x.astype(like.dtype), narrow, state)
+    got, want = (form(RULE, given, q, k, v, gates) for given in (narrow, exact))
+    assert_close(got, want, 0)
+    assert got[1].weights[0].dtype == jnp.float32
+    assert_close(miras.read(RULE, narrow, q), miras.read(RULE, exact, q), 0)
+    quantised = state._replace(momentum=jax.tree.map(lambda s: s.astype(jnp.int8), state.momentum))
+    with pytest.raises(Exception, match="the state's momentum has dtype int8, which float32"):
+        form(RULE, quantised, q, k, v, gates)

@@ -258,6 +258,13 @@ def test_what_parts_refuse(make, what):
         lambda: miras.zoo.titans(chunk=True),
         lambda: miras.lp("3"),
         lambda: miras.lq(True),
+        lambda: miras.mlp(norm="no"),
+        lambda: miras.mlp(residual=1),
+        lambda: miras.gated_mlp(norm=None),
+        lambda: miras.mlp(scale=float("nan")),
+        lambda: miras.matrix(scale="a"),
+        lambda: miras.matrix(scale=-1.0),
+        lambda: miras.vector(scale=float("inf")),
     ],
 )
 def test_numbers_of_another_kind_are_refused(make):
@@ -317,6 +324,30 @@ class rooted(miras.lq):
         ),
         ({"learner": miras.implicit(), "bias": twice()}, r"for l2\(\) alone, not for twice"),
         ({"structure": miras.least_squares()}, r"ridge for normal_equations\(\), which gd\(\)"),
+        (
+            {"learner": miras.normal_equations(), "bias": miras.dot(), "chunk": 64},
+            r"least_squares\(\) alone, not for matrix.* l2\(\) alone.* chunk=1 alone",
+        ),
+        (
+            {
+                "learner": miras.exchange(),
+                "bias": miras.dot(),
+                "retention": miras.decay("gradient"),
+            },
+            r"for l2\(\) alone.* for decay\(\) or none\(\) alone",
+        ),
+        (
+            {"learner": miras.delta_gd(), "structure": miras.vector()},
+            r"same for all keys in vector.* use matrix\(\)",
+        ),
+        (
+            {"learner": miras.delta_gd(), "retention": miras.lq()},
+            r'none\(\) or decay\(\) before the "update", not lq',
+        ),
+        ({"retention": miras.lq(4.0)}, r"lq\(4\) .* W_0 = 0: take matrix\(scale=1.0\), mlp\(\)"),
+        ({"retention": miras.lq(2.1), "structure": miras.vector()}, "W_0 = 0"),
+        ({"retention": miras.lq(4.0), "structure": miras.mlp(scale=0.0)}, "W_0 = 0"),
+        ({"retention": miras.renormalise()}, r"norms of W_0, here to 0.* take matrix"),
     ],
 )
 def test_the_part_that_does_not_go_with_the_others_is_named(parts, what):
@@ -370,6 +401,42 @@ def test_features_that_are_not_made():
             miras.matrix(features=features)
 
 
+def test_retentions_take_other_starts_and_links_without_a_pole():
+    for retention, structure in (
+        (miras.lq(4.0), miras.matrix(1.0)),
+        (miras.lq(2.0), miras.matrix()),
+        (miras.lq(1.5), miras.matrix()),
+        (miras.renormalise(), miras.vector(1.0)),
+    ):
+        _rule(retention=retention, structure=structure)
+
+
+def test_least_squares_starts_at_zero():
+    """Whatever weights the memory is given: G_0 = 0 in the equations."""
+    with pytest.raises(TypeError):
+        miras.least_squares(scale=1.0)
+    rule = miras.zoo.mesa_net()
+    fast, slow = rule.init(jax.random.key(0), 3, 2)
+    state = miras.start(rule, miras.Weights((fast[0] + 1,), slow), 1)
+    assert_close(state.weights, (np.zeros((1, 1, 3, 2)),), 0)
+    assert_close(state.begin.weights, (np.zeros((1, 3, 2)),), 0)
+
+
+def test_a_ridge_never_comes_to_zero():
+    rule = miras.zoo.mesa_net(steps=3)
+    x = jax.random.normal(jax.random.key(1), (1, 4, 1, 3))
+    fast, _ = rule.init(jax.random.key(0), 3, 3)
+
+    def value(ridge):
+        state = miras.start(rule, miras.Weights(fast, {"ridge": ridge}), 1)
+        gates = miras.Gates(jnp.ones(ROWS), retain=jnp.ones(ROWS))
+        return jnp.sum(miras.recurrent(rule, state, x, x, x, gates)[0])
+
+    found, slope = jax.value_and_grad(value)(jnp.full(3, -1e4))
+    assert bool(jnp.isfinite(found))
+    assert bool(jnp.isfinite(slope).all())
+
+
 def _rule(**parts):
     given = {
         "structure": miras.matrix(), "bias": miras.l2(), "retention": miras.none(),
@@ -404,8 +471,9 @@ ROWS = (1, 4, 1)
         (_rule(bias=miras.robust()), {"threshold": (1, 4, 2)}, "gates.threshold has shape"),
         (_rule(learner=miras.omega(3, miras.gd())), {"window": (*ROWS, 2)}, "window of 3"),
         (_rule(), {"window": (*ROWS, 1)}, "leave it"),
-        (_rule(retention=miras.renormalise()), {"retain": ROWS}, "gates.retain was given"),
-        (_rule(learner=miras.muon()), {}, "gates.momentum is None"),
+        (_rule(structure=miras.matrix(1.0), retention=miras.renormalise()), {"retain": ROWS},
+         "gates.retain was given"),
+        (_rule(learner=miras.muon()), {}, r"gates.momentum is None, but muon\(steps=5\) needs it"),
         (_rule(structure=miras.matrix(features=miras.elu1()), retention=miras.decay()),
          {"retain": (*ROWS, 3)}, "channel-wise"),
     ],
@@ -457,3 +525,133 @@ def test_a_prefix_ends_its_chunk(length):
         states[chunk] = miras.begin_from(rule, state, 1)
     assert_close(states[4].begin, states[length].begin, 1e-12)
     assert_close(states[4].begin.momentum["rate"], np.zeros(1), 0)
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+@float64
+def test_a_chunk_that_is_cut_short_has_the_mean_of_its_gates(form):
+    """A chunk of 8 that one of 2 ends at its fourth token: mean momentum of four, in any form."""
+    x = jax.random.normal(jax.random.key(1), (3, 1, 6, 1, 3))
+    eta = jnp.asarray([0.1, 0.9, 0.5, 0.3, 0.7, 0.2])[None, :, None]
+    gates = miras.Gates(jnp.full((1, 6, 1), 0.1), momentum=eta)
+
+    def run(chunk, state, where):
+        rule = _rule(structure=miras.matrix(1.0), learner=miras.chunk_muon(0), chunk=chunk)
+        state = state or miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+        return rule, form(rule, state, *jax.tree.map(lambda x: x[:, where], (*x, gates)))[1]
+
+    _, before = run(2, None, slice(2))
+    long, inside = run(8, before, slice(2, 5))
+    assert_close(inside.momentum["count"], np.full((1, 1), 3.0), 0)
+    begun = miras.begin_from(long, inside, 1)
+    _, after = run(2, inside, slice(5, 6))
+    assert after.place.tolist() == [0]
+    assert_close(after.momentum["count"], np.zeros((1, 1)), 0)
+    _, k, v = x[:, 0, 5, 0]  # the last token's gradient is taken at W'
+    (sums,), (base,) = inside.momentum["sum"], inside.base
+    whole = (sums - 0.1 * jnp.outer(k, k @ base[0, 0] - v),)
+    for got, mean, total in (
+        (begun.momentum, 1.5 / 3, (sums,)),
+        (after.momentum, 1.7 / 4, whole),
+    ):
+        want = jax.tree.map(lambda s, g, m=mean: m * s + g, before.momentum["before"], total)
+        assert_close(got["before"], want, 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class fourier(miras.Features):
+    """As many random features, whatever the key's dimension."""
+
+    def dim(self, dim_k):
+        return 16
+
+    def apply(self, slow, x):
+        return jnp.cos(x @ jax.random.normal(jax.random.key(0), (x.shape[-1], 16)))
+
+
+@dataclasses.dataclass(frozen=True)
+class by_fours(miras.matrix):
+    def init(self, key, dim_k, dim_v):
+        if dim_k % 4:
+            raise ValueError(f"dim_k {dim_k} must be a multiple of 4")
+        return super().init(key, dim_k, dim_v)
+
+
+@dataclasses.dataclass(frozen=True)
+class bottleneck(miras.Structure):
+    def init(self, key, dim_k, dim_v):
+        down = jax.random.normal(key, (dim_k, dim_k // 2))
+        return miras.Weights((jnp.zeros((dim_k // 2, dim_v)),), {"down": down})
+
+    def forward(self, linear, slow, x):
+        return linear(0, x @ slow["down"])
+
+
+@dataclasses.dataclass(frozen=True)
+class gated(miras.Structure):
+    def init(self, key, dim_k, dim_v):
+        return miras.Weights((jnp.zeros((dim_k, dim_v)), jnp.ones((dim_k, 1))), {})
+
+    def forward(self, linear, slow, x):
+        return linear(0, x) * jax.nn.sigmoid(linear(1, x))
+
+
+OWN = [miras.matrix(features=fourier()), miras.mlp(features=fourier()), by_fours(), bottleneck()]
+
+
+@pytest.mark.parametrize("structure", [*OWN, gated()], ids=lambda s: type(s).__name__)
+def test_structures_and_features_of_ones_own_need_only_what_is_written(structure):
+    """Keys and values give their dimensions; a state for others is refused."""
+    key, value, gate = jnp.ones((*ROWS, 8)), jnp.ones((*ROWS, 4)), jnp.ones(ROWS)
+    rule = _rule(structure=structure)
+    state = miras.start(rule, rule.init(jax.random.key(0), 8, 4), 1)
+    gates = miras.Gates(gate)
+    for form in (miras.chunkwise, miras.recurrent):
+        call = jax.tree_util.Partial(form, rule)
+        y, _ = jax.eval_shape(call, state, key, key, value, gates)
+        assert y.shape == value.shape
+        with pytest.raises(ValueError, match=r"maps dim 8 to 4|fast weights are|multiple of 4"):
+            jax.eval_shape(call, state, key[..., :6], key[..., :6], value[..., :3], gates)
+    assert miras.read(rule, state, key).shape == value.shape
+
+
+@float64
+def test_forms_agree_on_two_fast_weights_of_ones_own():
+    rule = _rule(structure=gated(), retention=miras.decay(), learner=miras.omega(2, miras.gd()))
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, 4, 1, d))) for d in (3, 3, 2))
+    gates = miras.Gates(jnp.full(ROWS, 0.2), retain=jnp.full(ROWS, 0.9))
+    state = miras.start(rule, rule.init(jax.random.key(0), 3, 2), 1)
+    found = miras.chunkwise(rule, state, q, k, v, gates)
+    assert_close(found, miras.recurrent(rule, state, q, k, v, gates), 1e-12)
+
+
+def test_a_window_of_keys_whose_dimension_weights_do_not_tell_is_asked_for():
+    rule = _rule(structure=miras.matrix(features=fourier()), learner=miras.omega(2, miras.gd()))
+    weights, x = rule.init(jax.random.key(0), 3, 2), jnp.ones((*ROWS, 3))
+    with pytest.raises(ValueError, match=r"give miras.start dims=\(K, V\)"):
+        miras.start(rule, weights, 1)
+    state = miras.start(rule, weights, 1, dims=(3, 2))
+    assert state.pairs.k.shape == (1, 1, 1, 3)
+    assert state.pairs.v.shape == (1, 1, 1, 2)
+    args = (x[..., :2], x[..., :2], x[..., :2], miras.Gates(jnp.ones(ROWS)))
+    with pytest.raises(
+        ValueError, match=r"window is for .* dim 3 and 2, but k and v have \(2, 2\)"
+    ):
+        miras.recurrent(rule, state, *args)
+    with pytest.raises(ValueError, match="fast weights are"):
+        miras.start(rule, weights, 1, dims=(3, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class total(miras.Bias):
+    def loss(self, y, v):
+        return jnp.sum(jnp.abs(y - v))
+
+
+@pytest.mark.parametrize("form", [miras.chunkwise, miras.recurrent])
+def test_a_loss_that_sums_over_tokens_is_refused(form):
+    x, rule = jnp.ones((*ROWS, 3)), _rule(bias=total())
+    state = miras.start(rule, rule.init(jax.random.key(0), 3, 3), 1)
+    with pytest.raises(Exception, match=r"loss of total\(\) has shape \(\) .* must be \(2,\)"):
+        form(rule, state, x, x, x, miras.Gates(jnp.ones(ROWS)))

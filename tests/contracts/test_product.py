@@ -20,7 +20,7 @@ AXES = {
     "structure": (
         miras.vector(1.0), miras.matrix(1.0), miras.matrix(1.0, features=miras.dpfp()),
         miras.mlp(depth=1, norm=True, residual=True), miras.mlp(expansion=1, residual=True),
-        miras.gated_mlp(expansion=1, features=miras.polynomial(1)), miras.least_squares(1.0),
+        miras.gated_mlp(expansion=1, features=miras.polynomial(1)), miras.least_squares(),
     ),
     "bias": (
         miras.l2(), miras.dot(), miras.lp(), miras.robust(),

@@ -249,6 +249,31 @@ def test_queries_of_mqar_follow_the_power_law(power):
         assert chi_square(observed, n * p) > 5, "the law of the first would be rejected"
 
 
+@pytest.mark.parametrize("power", [20.0, 60.0])
+def test_a_large_power_of_mqar_does_not_overflow(power):
+    task = tasks.MQAR(vocabulary=64, length=64, pairs=2, power=power)
+    i = np.arange(1, 31)
+    expected = (i / 30.0) ** (power - 1)
+    np.testing.assert_allclose(task.probabilities, expected / expected.sum(), rtol=1e-4, atol=1e-30)
+    weights = task.batch(jax.random.key(0), 50).weights
+    assert len(np.unique(weights, axis=0)) > 1
+
+
+def test_slots_of_mqar_are_drawn_where_their_chances_underflow():
+    task = tasks.MQAR(vocabulary=64, length=64, pairs=8, power=2000.0)
+    assert (task.probabilities == 0).sum() > 24 - 8
+    rows = task.batch(jax.random.key(0), 20)
+    np.testing.assert_array_equal(rows.weights[:, 64 - 16 :: 2], 1)  # the last slots, all likelier
+
+
+@pytest.mark.parametrize("power", [True, "2", np.inf, np.nan, -1.0])
+def test_a_power_of_mqar_that_is_no_number_above_0_is_named(power):
+    task = tasks.MQAR()
+    object.__setattr__(task, "power", power)  # past the type checks of the tests
+    with pytest.raises(ValueError, match=f"power must be a finite number above 0, got {power!r}"):
+        task.__post_init__()
+
+
 def test_draws_are_uniform():
     n = 20_000
     task = tasks.SelectiveCopying(vocabulary=5, length=9, count=3)
@@ -314,7 +339,7 @@ def test_needles_in_any_text_with_any_tokenizer(tmp_path):
         ("mqar", {"pairs": 17}, "make it at least 68, or pairs at most 16"),
         ("mqar", {"pairs": 0}, "pairs must be an integer of at least 1, got 0"),
         ("mqar", {"vocabulary": 8, "pairs": 4}, "make it at least 10"),
-        ("mqar", {"power": 0.0}, "power must be above 0"),
+        ("mqar", {"power": 0.0}, "MQAR: power must be a finite number above 0, got 0.0"),
         ("mqar", {"pair": 2}, "has no 'pair'; did you mean 'pairs'"),
         ("joint_recall", {"contexts": 8}, "make it at least 136"),
         ("joint_recall", {"vocabulary": 16}, "has 3 contexts to draw 4 from; make it at least 20"),

@@ -214,6 +214,40 @@ def setting(tmp_path_factory):
     return script, folder
 
 
+STOPPED = """
+import runpy, sys, types
+from memjax import training
+path, name = sys.argv[1:3]
+training.train = lambda *_: types.SimpleNamespace(stopped=name)
+sys.argv = [path, *sys.argv[3:]]
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "name", "status"),
+    [
+        ("compare.py", ["--smoke", "--variants=mac"], "SIGINT", 130),
+        ("chunks.py", ["--config=configs/tnt.py:smoke", "--chunks=8"], "SIGTERM", 143),
+    ],
+)
+def test_a_stopped_run_leaves_with_the_status_of_its_signal(
+    tmp_path, script, arguments, name, status
+):
+    path = str(ROOT / "experiments" / script)
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, path, name, *arguments, f"--workdir={tmp_path}"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stderr
+    assert f"stopped by {name}; run the same command again to go on" in done.stdout
+
+
 def test_the_whole_way(setting):
     """quickstart.py trains, stops, resumes, samples; the other scripts read its model."""
     script, folder = setting

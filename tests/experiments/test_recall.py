@@ -196,6 +196,40 @@ def record(accuracy, **changes):
     return sweep.Record(**{**values, **changes})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("exact", True),
+        ("loss", "1"),
+        ("loss", float("inf")),
+        ("rows", -1),
+        ("steps", "x"),
+        ("steps", -1),
+        ("seconds", None),
+        ("seconds", -1.0),
+        ("diverged", 1.5),
+        ("parameters", None),
+        ("parameters", 10.0),
+        ("state_bytes", -1),
+    ],
+)
+def test_every_field_of_a_result_is_checked(tmp_path, field, value):
+    one = sweep.read(config()).runs(str(tmp_path))[0]
+    os.makedirs(os.path.dirname(one.path))
+
+    def write(result):
+        content = {"run": one.identity(), "result": result._asdict()}
+        pathlib.Path(one.path).write_text(json.dumps(content))
+
+    for good in (record(0.5), record(0.0, loss=None, diverged=1, rows=0)):
+        write(good)
+        assert runs.finished(one) == good
+    write(record(0.5, **{field: value}))
+    message = f"{re.escape(one.path)} is not the result of a run .ValueError: {field} "
+    with pytest.raises(ValueError, match=message):
+        runs.finished(one)
+
+
 def test_the_table_takes_the_best_rate_of_each_seed(tmp_path):
     grid = sweep.read(config(seeds=(0, 1), dims=(4, 8)))
     accuracies = [0.5, 0.75, 1.0, 0.0, 0.25, 0.25, 0.5, 0.125]  # dim, seed, lr

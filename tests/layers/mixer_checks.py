@@ -241,6 +241,7 @@ def check_refusals(case, other=None):
     refuses(rf"\(2, 5, 4\).*{case.dim}", jnp.ones((2, 5, 4)))
     refuses(rf"\(2, 0, {case.dim}\)", x[:, :0])
     refuses(rf"\(5, {case.dim}\)", x[0])
+    refuses("x has dtype int32: it must be floating-point", x.astype(jnp.int32))
     refuses(r"segment_ids.*\(2, 4\).*\(2, 5\)", x, segment_ids=jnp.ones((2, 4), int))
     refuses(r"positions.*\(2, 4\).*\(2, 5\)", x, positions=jnp.ones((2, 4), int))
     refuses(r"segment_ids must be integers, got float", x, segment_ids=jnp.ones((2, 5)))

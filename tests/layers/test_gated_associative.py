@@ -34,7 +34,7 @@ def test_reaches_back_no_further_than_its_convolution():
 
 @pytest.mark.parametrize("name", ["dim", "slots", "conv"])
 def test_bad_options_are_named(name):
-    with pytest.raises(ValueError, match=f"{name} 0.* must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name} 0 must be an integer of at least 1"):
         build(**{name: 0})
 
 

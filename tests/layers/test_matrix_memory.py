@@ -1,5 +1,6 @@
 """Every matrix memory against NumPy, at float64, and through what every mixer must be."""
 
+import dataclasses
 import functools
 import inspect
 from typing import Any, NamedTuple
@@ -395,6 +396,12 @@ def plain(**changes):
     return MatrixMemory(DIM, **options, rngs=nnx.Rngs(0))
 
 
+PLAIN = miras.Rule(miras.matrix(), miras.l2(), miras.none(), miras.gd())
+MOMENTUM = dataclasses.replace(PLAIN, learner=miras.momentum())
+HUBER = dataclasses.replace(PLAIN, bias=miras.huber())
+DRAWN = dataclasses.replace(PLAIN, structure=miras.matrix(scale=1.0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -409,12 +416,35 @@ def plain(**changes):
         ({"features": "relu"}, "'relu'.*elu"),
         ({"gate": "tanh"}, "'tanh'.*sigmoid"),
         ({"rule": miras.zoo.titans(depth=1)}, r"matrix\(\), not of mlp"),
-        ({"gate_rank": 0}, "at least 1"),
+        ({"rule": DRAWN}, r"MatrixMemory begins at W_0 = 0.*NeuralMemory"),
+        ({"rule": MOMENTUM}, r"gates\.momentum .*Gating gives none.*layers\.Neural"),
+        ({"rule": HUBER}, r"needs gates\.threshold \(.*huber.*Gating gives"),
+        ({"rule": miras.zoo.rwkv7()}, r"needs gates\.write \(exchange.*Gating gives none.*RWKV7"),
+        ({"gate_rank": 0}, "gate_rank 0 must be an integer of at least 1"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         plain(**options)
+
+
+class WithMomentum(nnx.Module):
+    """Gates of a user's own."""
+
+    def __init__(self):
+        self.gating = Gating(None, None, HEADS)
+
+    def __call__(self, x):
+        gates = self.gating(x)
+        return gates._replace(momentum=0.5 * gates.lr)
+
+
+def test_gates_of_ones_own_may_give_momentum():
+    layer = plain(rule=MOMENTUM, gates=WithMomentum())
+    y, _ = jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct((2, 5, DIM), jnp.float32))
+    assert y.shape == (2, 5, DIM)
+    inside = nnx.eval_shape(lambda: plain(rule=MOMENTUM, gates=WithMomentum()))
+    assert inside.heads == layer.heads
 
 
 @pytest.mark.parametrize("builder", NAMES)

@@ -124,6 +124,29 @@ def test_a_memory_that_is_not_used_stays_bit_by_bit():
             assert same != used[b, h]
 
 
+def test_a_memory_whose_share_underflows_is_written_all_the_same():
+    module = build(balance=0.25)
+    module.router.weight[...] *= 1e4
+    x = jnp.asarray(checks.inputs(CASE, 1), jnp.float32)
+    np.testing.assert_array_equal((module.route(x) > 0).sum(-1), 2)  # the shared and the first
+    _, state = module(x)
+    written = jnp.abs(state.memory.weights[0]).max((-2, -1)).reshape(2, 1 + MEMORIES, HEADS) > 0
+    np.testing.assert_array_equal(written.all(-1).sum(1), 3)  # and the second
+    np.testing.assert_array_equal(written.any(-1), written.all(-1))
+
+
+RULES = {
+    "momentum": miras.Rule(miras.matrix(), miras.l2(), miras.decay(), miras.momentum()),
+    "threshold": miras.Rule(miras.matrix(), miras.huber(), miras.decay(), miras.gd()),
+    "window": miras.Rule(miras.matrix(), miras.l2(), miras.none(), miras.omega(2, miras.gd())),
+    "learned features": miras.Rule(
+        miras.matrix(features=miras.polynomial(2)), miras.l2(), miras.none(), miras.gd()
+    ),
+    "chunks": miras.Rule(miras.matrix(scale=1.0), miras.l2(), miras.renormalise(), miras.gd()),
+}
+DRAWN = miras.Rule(miras.matrix(scale=1.0), miras.l2(), miras.none(), miras.gd())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,8 +157,9 @@ def test_a_memory_that_is_not_used_stays_bit_by_bit():
         ({"conv": -1}, "conv -1"),
         ({"balance": -0.1}, "balance -0.1 must be a finite number of at least 0"),
         ({"balance": float("nan")}, "balance nan must be"),
-        ({"active": 0}, "active 0 must be between 1 and memories 3"),
+        ({"active": 0}, "active 0 must be an integer of at least 1"),
         ({"active": 4}, "active 4 must be between 1 and memories 3"),
+        ({"rule": DRAWN}, r"MixtureOfMemories begins at W_0 = 0.*NeuralMemory"),
         ({"rule": miras.zoo.titans()}, r"a rule of matrix\(\)"),
         ({"rule": miras.zoo.rwkv7()}, "only gates are lr and retain"),
         ({"rule": miras.zoo.mesa_net()}, "only gates are lr and retain"),
@@ -144,17 +168,6 @@ def test_a_memory_that_is_not_used_stays_bit_by_bit():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
-
-
-RULES = {
-    "momentum": miras.Rule(miras.matrix(), miras.l2(), miras.decay(), miras.momentum()),
-    "threshold": miras.Rule(miras.matrix(), miras.huber(), miras.decay(), miras.gd()),
-    "window": miras.Rule(miras.matrix(), miras.l2(), miras.none(), miras.omega(2, miras.gd())),
-    "learned features": miras.Rule(
-        miras.matrix(features=miras.polynomial(2)), miras.l2(), miras.none(), miras.gd()
-    ),
-    "chunks": miras.Rule(miras.matrix(), miras.l2(), miras.renormalise(), miras.gd()),
-}
 
 
 @pytest.mark.parametrize("name", RULES)

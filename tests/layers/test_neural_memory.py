@@ -1,5 +1,6 @@
 """The memory layer against NumPy: projections, convolutions, gates, prefix, precision, scale."""
 
+import dataclasses
 import functools
 from dataclasses import replace
 
@@ -11,7 +12,16 @@ import pytest
 from flax import nnx
 
 from memjax import miras, sharding
-from memjax.layers import NeuralMemory
+from memjax.layers import (
+    RWKV7,
+    GatedAssociativeMemory,
+    MatrixMemory,
+    MixtureOfMemories,
+    NeuralMemory,
+    TNTMemory,
+    shell,
+)
+from memjax.layers.gates import Gating
 from tests.oracles import miras as engine
 from tests.oracles import titans as oracle
 
@@ -379,7 +389,7 @@ def test_finite_over_a_long_sequence_in_bfloat16():
     [
         ({"heads": 4}, "dim 6 is not a multiple of heads 4"),
         ({"heads": 0}, "heads 0"),
-        ({"head_dim": 0}, "head_dim 0 must be at least 1"),
+        ({"head_dim": 0}, "head_dim 0 must be an integer of at least 1"),
         ({"conv": -1}, "conv -1"),
         ({"persistent": -1}, "persistent -1"),
         ({"lr_max": 0.0}, r"lr_max must be .* above 0, got 0\.0"),
@@ -402,6 +412,37 @@ def test_bad_options_are_named(options, message):
 def test_bad_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(layer())
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="x has dtype int32: it must be floating-point"):
+        shell.check_inputs(jnp.ones((2, 5, DIM), jnp.int32), DIM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(miras.matrix):
+    """`M(x) = gain (x mix) W`, both slow."""
+
+    def init(self, key, dim_k, dim_v):
+        fast, _ = super().init(key, dim_k, dim_v)
+        return miras.Weights(fast, {"mix": jnp.eye(dim_k), "gain": jnp.ones(())})
+
+    def forward(self, linear, slow, x):
+        return slow["gain"] * linear(0, x @ slow["mix"])
+
+
+def test_slow_weights_of_any_rank_name_their_axes():
+    rule = miras.Rule(Mixed(), miras.l2(), miras.none(), miras.gd())
+    gates = Gating(None, None, HEADS)
+    for layer in (
+        other(rule=rule),
+        MatrixMemory(DIM, HEADS, rule=rule, gates=gates, rngs=nnx.Rngs(0)),
+    ):
+        axes = {name: (p.axes, p.shape) for name, p in layer.slow.items()}
+        assert axes == {
+            "mix": (("heads", None, None), (HEADS, DIM // HEADS, DIM // HEADS)),
+            "gain": (("heads",), (HEADS,)),
+        }
 
 
 @pytest.fixture
@@ -436,3 +477,25 @@ def other(**options):
 def test_what_is_of_another_kind_is_named(unchecked, call, error, message):
     with pytest.raises(error, match=message):
         call(jnp.ones((2, 5, DIM)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        (NeuralMemory, {"heads": 2.0}, "heads 2.0 must be an integer"),
+        (NeuralMemory, {"head_dim": 4.0}, "head_dim 4.0 must be an integer"),
+        (NeuralMemory, {"conv": 1.5}, "conv 1.5 must be an integer"),
+        (NeuralMemory, {"persistent": True}, "persistent True must be an integer"),
+        (TNTMemory, {"shard": 16.0}, "shard 16.0 must be an integer"),
+        (TNTMemory, {"chunk": True}, "chunk True must be an integer"),
+        (TNTMemory, {"local_chunks": (8.0,)}, r"local_chunks\[0\] 8.0 must be an integer"),
+        (MixtureOfMemories, {"memories": True, "active": True}, "memories True must be an integer"),
+        (MixtureOfMemories, {"active": True}, "active True must be an integer"),
+        (RWKV7, {"rank": 8.0}, "rank 8.0 must be an integer"),
+        (GatedAssociativeMemory, {"slots": 4.0}, "slots 4.0 must be an integer"),
+    ],
+)
+def test_sizes_that_are_no_integers_are_named(unchecked, layer, options, message):
+    heads = {} if layer is GatedAssociativeMemory else {"heads": 2}
+    with pytest.raises(ValueError, match=message):
+        layer(DIM, **(heads | options), rngs=nnx.Rngs(0))

@@ -104,7 +104,7 @@ def test_bad_fields(changes, message):
         ("layers", True, "layers must be an integer of at least 1, got True"),
         ("tied", 1, "tied must be True or False, got 1"),
         ("rope_base", "big", "rope_base must be a number above 1, got 'big'"),
-        ("memory", {}, "memory must be a MemoryConfig"),
+        ("memory", {"rule": "yaad"}, r"write MemoryConfig\(rule=\.\.\.\), or .*Config\.from_dict"),
     ],
 )
 def test_bad_types(field, value, message):

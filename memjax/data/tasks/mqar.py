@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memjax.data.tasks.task import TaskBatch, at_least, distinct
+from memjax.data.tasks.task import TaskBatch, above_zero, at_least, distinct
 from memjax.typing import Array, Float, Int, Key
 
 
@@ -21,7 +21,7 @@ class MQAR:
     first token of slot g_j. The slots g_1, g_2, ... are drawn one after another without
     replacement, with probabilities of a power law over the slots i = 1 .. S:
 
-        p(i) ~ i^(a - 1),        a = `power`
+        p(i) ~ i^(a - 1),        a = `power` (above 0)
 
     so a small `power` asks soon after the pairs, and 1 asks anywhere with equal chance. Only the
     K places where a key comes back are scored, and the value does not follow there.
@@ -60,8 +60,7 @@ class MQAR:
                 f"MQAR: vocabulary {self.vocabulary} has {self.vocabulary // 2 - 1} keys for"
                 f" {self.pairs} pairs; make it at least {2 * self.pairs + 2}"
             )
-        if not self.power > 0:
-            raise ValueError(f"MQAR: power must be above 0 (1 is uniform), got {self.power!r}")
+        above_zero(self, "power")
 
     @property
     def scored(self) -> int:
@@ -71,9 +70,13 @@ class MQAR:
     @property
     def probabilities(self) -> Float[Array, "S"]:
         """[S], p(i): the chance of each slot for the key that is placed first."""
+        return jax.nn.softmax(self._logits)
+
+    @property
+    def _logits(self) -> Float[Array, "S"]:
+        """[S], log p(i) and a constant: for a large power, p underflows to 0 and i^a overflows."""
         slots = (self.length - 2 * self.pairs) // 2
-        weights = jnp.arange(1, slots + 1, dtype=jnp.float32) ** (self.power - 1.0)
-        return weights / jnp.sum(weights)
+        return (self.power - 1.0) * jnp.log(jnp.arange(1, slots + 1, dtype=jnp.float32))
 
     def batch(self, key: Key, size: int) -> TaskBatch:
         """`size` rows, a pure function of the key.
@@ -92,9 +95,10 @@ class MQAR:
         half, count = self.vocabulary // 2, self.pairs
         keys = 1 + distinct(for_keys, half - 1, count)
         values = half + distinct(for_values, self.vocabulary - half, count)
-        p = self.probabilities
+        logits = self._logits
         # Gumbel top-k: drawn one after another, each time among the slots that are left.
-        slots = jax.random.choice(for_slots, p.shape[0], (count,), replace=False, p=p)
+        drawn = jax.random.gumbel(for_slots, logits.shape, logits.dtype) + logits
+        slots = jax.lax.top_k(drawn, count)[1]
         places = 2 * count + 2 * slots
 
         pairs = jnp.stack([keys, values], axis=1).reshape(-1)

@@ -49,8 +49,9 @@ class MatrixMemory(nnx.Module):
         heads: number of memories H.
         head_dim: dimension K of keys and queries (default dim / heads).
         value_dim: dimension V of the values of a head (default `head_dim`).
-        rule: the memory; its structure is `miras.matrix()`.
-        gates: a module `x -> miras.Gates`, see `memjax.layers.gates`.
+        rule: the memory; its structure is `miras.matrix()`, with W_0 = 0.
+        gates: a module `x -> miras.Gates`, see `memjax.layers.gates`. It gives what the rule needs:
+            `momentum`, `threshold` and `write` too.
         conv: width of the depthwise causal convolutions, 0 for none.
         features: of keys and queries: "none", "silu", "elu+1".
         unit_keys: scale keys and queries to length 1.
@@ -66,7 +67,8 @@ class MatrixMemory(nnx.Module):
         skip: add `D v` to m, D per head, 1 at the start.
         rngs: the stream `params` draws the weights.
     Raises:
-        ValueError: sizes or names that do not fit, a rule of another structure.
+        ValueError: sizes or names that do not fit, a rule of another structure or with another
+            W_0, gates without what the rule needs.
         TypeError: a rule that is none.
     """
 
@@ -95,11 +97,10 @@ class MatrixMemory(nnx.Module):
         head_dim = shell.head_size(dim, heads, head_dim)
         value_dim = head_dim if value_dim is None else value_dim
         key_heads = heads if key_heads is None else key_heads
-        if min(dim, heads, head_dim, value_dim, key_heads) < 1 or conv < 0:
-            raise ValueError(
-                f"dim {dim}, heads {heads}, head_dim {head_dim}, value_dim {value_dim} and "
-                f"key_heads {key_heads} must be at least 1, conv {conv} at least 0"
-            )
+        shell.check_sizes(value_dim=value_dim, key_heads=key_heads)
+        shell.check_sizes(0, conv=conv)
+        if gate_rank is not None:
+            shell.check_sizes(gate_rank=gate_rank)
         if heads % key_heads:
             raise ValueError(f"heads {heads} must be a multiple of key_heads {key_heads}")
         if features not in FEATURES:
@@ -114,6 +115,8 @@ class MatrixMemory(nnx.Module):
             )
         if not isinstance(rule.structure, miras.matrix):
             raise ValueError(f"MatrixMemory needs a rule of matrix(), not of {rule.structure}")
+        shell.check_starts_at_zero("MatrixMemory", rule)
+        _check_gates(rule, gates, dim)
         self.dim, self.heads, self.head_dim, self.value_dim = dim, heads, head_dim, value_dim
         self.rule, self.gates, self.features, self.rope_base = rule, gates, features, rope_base
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -146,11 +149,8 @@ class MatrixMemory(nnx.Module):
         self.norm = None if normalised else RMSNorm(size, rngs=rngs, axis_name=axis)
         self.skip = nnx.Param(jnp.ones((heads,)), axes=("heads",)) if skip else None
         slow = rule.init(jax.random.key(0), head_dim, value_dim + normalised).slow
-        self.slow = nnx.Dict(
-            {
-                name: nnx.Param(jnp.broadcast_to(w, (heads, *w.shape)).copy(), axes=("heads", None))
-                for name, w in slow.items()
-            }
+        self.slow = shell.slow_weights(
+            {name: jnp.broadcast_to(w, (heads, *w.shape)).copy() for name, w in slow.items()}
         )
 
     def start(self, batch: int) -> MatrixMemoryState:
@@ -253,6 +253,27 @@ class MatrixMemory(nnx.Module):
             return self.norm(m.reshape(*m.shape[:2], -1)).reshape(m.shape)
         m = m if self.norm is None else self.norm(m)
         return m if gate is None else m * gate
+
+
+def _check_gates(rule: miras.Rule, gates: nnx.Module, dim: int) -> None:
+    """Raises ValueError where the gates lack what `memjax.layers.gates` does not give."""
+    needed = {
+        "momentum": rule.learner.needs_momentum,
+        "threshold": rule.bias.needs_threshold,
+        "write": rule.learner.exchanges,
+    }
+    if not any(needed.values()):
+        return
+    graph, state = nnx.split(gates)  # a copy: what the module changes stays in the trace
+    x = jax.ShapeDtypeStruct((1, 1, dim), jnp.float32)
+    given = jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x)
+    for name, is_needed in needed.items():
+        if is_needed and getattr(given, name) is None:
+            layer = "RWKV7" if name == "write" else "NeuralMemory"
+            raise ValueError(
+                f"the rule needs gates.{name} ({rule.learner}, {rule.bias}), but "
+                f"{type(gates).__name__} gives none: use gates of your own, or layers.{layer}"
+            )
 
 
 def _gate(dim, outputs, gate, rank, rngs) -> Linear | None:

@@ -63,9 +63,10 @@ def chunkwise(
     fastest where chunks and documents begin at multiples of `block` (other places are as exact,
     at up to three times the work for the whole call).
 
-    What is not finite in a token or in the state stays in its document. In closed forms by kernels,
-    or whose time axis is split over devices, it may reach the row's later documents of this call,
-    not of later ones; never another row.
+    What is not finite in a token or in the state makes NaN of its document's weights from there on,
+    and of nothing else. By kernels, or where the time axis is split over devices, it may reach the
+    tokens of its chunk before it, and the row's later documents of this call, not of later ones;
+    never another row.
 
     Args:
         rule: the memory.
@@ -171,10 +172,10 @@ def trace(
         starts = None
         if segment_ids is not None:
             starts = documents.starts(segment_ids, state.segment)
-        if starts is None or not closed:
+        if kernel:
+            if starts is not None and closed:
+                state = isolation.begun(state, starts)
             y, surprises, state = run(state, q, k, v, gates, starts)
-        elif kernel:
-            y, surprises, state = run(isolation.begun(state, starts), q, k, v, gates, starts)
         else:
             y, surprises, state = isolation.contained(run, rule, state, q, k, v, gates, starts)
         if starts is not None:
@@ -528,7 +529,10 @@ def _close(
     if scale is not None:
         final = jnp.max(jnp.where(own, jnp.arange(own.shape[1]), 0), axis=1)
         scale = jnp.take_along_axis(scale, final[:, None, None], axis=2)[..., 0]
-    closed, moved = close_chunk(rule, state.begin, base, weights, velocity, rule.chunk, scale)
+    if rule.learner.closes:
+        tokens = (place - carry.place).astype(weights[0].dtype)
+        velocity = rule.learner.counted(velocity, tokens[:, None])
+    closed, moved = close_chunk(rule, state.begin, base, weights, velocity, scale)
 
     def choose(yes, no):
         return jax.tree.map(lambda yes, no: _where(complete, yes, no), yes, no)

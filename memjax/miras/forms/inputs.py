@@ -1,5 +1,7 @@
 """What every form does to its arguments: checks and dtypes."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -20,16 +22,11 @@ def check(
     """Raises ValueError where an argument does not fit.
 
     Returns:
-        (the state, with its chunk's start: that may be one of a longer chunk, which its next token
-        then ends; the gates in the state's dtype, `lr` as the learner's step sizes).
+        (the state in its accumulation dtype, with its chunk's start: that may be one of a longer
+        chunk, which its next token then ends; the gates in the state's dtype, `lr` as the learner's
+        step sizes).
     """
-    fits(rule, state.weights, state.slow)
-    momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
-    if _shapes(momentum) != _shapes(state.begin.momentum):
-        raise ValueError(
-            f"the state's momentum is not that of {rule.learner}: use a state of miras.start with "
-            "this rule"
-        )
+    state = widened(state)
     for name, array in (("q", k if q is None else q), ("k", k), ("v", v)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}: it must be floating-point")
@@ -45,17 +42,20 @@ def check(
         raise ValueError(f"q has shape {q.shape} and k {k.shape}: they must be equal")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {v.shape} and k {k.shape}: batch, time, heads must be equal")
-    dim_k, dim_v = rule.structure.key_dim(state.weights), state.weights[-1].shape[-1]
-    if (k.shape[3], v.shape[3]) != (dim_k, dim_v):
+    fits(rule, state.weights, state.slow, k.shape[3], v.shape[3])
+    momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
+    if _shapes(momentum) != _shapes(state.begin.momentum):
         raise ValueError(
-            f"the memory maps dim {dim_k} to {dim_v}, but k has {k.shape[3]} and v {v.shape[3]}"
+            f"the state's momentum is not that of {rule.learner}: use a state of miras.start with "
+            "this rule"
         )
+    _check_loss(rule, v.shape[3], state.weights[0].dtype)
     for name, gate in gates._asdict().items():
         if (gate is None and name == "lr") or not (gate is None or hasattr(gate, "shape")):
             raise ValueError(f"gates.{name} must be an array, got {gate!r}")
     retain = rule.retention.factors(gates.retain)
     if rule.learner.needs_momentum and gates.momentum is None:
-        raise ValueError("gates.momentum is None, but learner=momentum() needs it")
+        raise ValueError(f"gates.momentum is None, but {rule.learner} needs it")
     if not rule.learner.needs_momentum and gates.momentum is not None:
         raise ValueError(f"gates.momentum was given, but {rule.learner} has no momentum")
     if rule.bias.needs_threshold != (gates.threshold is not None):
@@ -73,6 +73,13 @@ def check(
         raise ValueError(
             f"the state's window is not that of {rule.learner}: use a state of miras.start with "
             "this rule"
+        )
+    if window > 1 and (state.pairs.k.shape[-1], state.pairs.v.shape[-1]) != (
+        dims := (k.shape[3], v.shape[3])
+    ):
+        raise ValueError(
+            f"the state's window is for keys and values of dim {state.pairs.k.shape[-1]} and "
+            f"{state.pairs.v.shape[-1]}, but k and v have {dims}: give miras.start dims={dims}"
         )
     if rule.learner.exchanges != (gates.write is not None):
         raise ValueError(
@@ -117,6 +124,50 @@ def as_given(rule: Rule, given: State, state: State) -> State:
     Where that one did not, but chunks are of more than one token, it has to from now on.
     """
     return state._replace(base=()) if rule.chunk == 1 and not given.base else state
+
+
+def widened(state: State) -> State:
+    """The state in its accumulation dtype, as after storage in a narrower one.
+
+    Raises:
+        ValueError: a part that it cannot hold, by name.
+    """
+    dtype = accumulation_dtype(state.weights[0].dtype)
+
+    def wide(name):
+        def cast(x):
+            if x.dtype == dtype or x.dtype == bool:
+                return x
+            if not _holds(dtype, x.dtype):
+                raise ValueError(
+                    f"the state's {name} has dtype {x.dtype}, which {dtype}, the dtype that its "
+                    f"weights of {state.weights[0].dtype} are computed in, cannot hold: cast it"
+                )
+            return x.astype(dtype)
+
+        return jax.tree.map(cast, operator.attrgetter(name)(state))
+
+    begin = state.begin._replace(weights=wide("begin.weights"), momentum=wide("begin.momentum"))
+    names = ("base", "weights", "momentum", "slow", "pairs")
+    return state._replace(begin=begin, **{name: wide(name) for name in names})
+
+
+def _holds(dtype: jnp.dtype, other: jnp.dtype) -> bool:
+    """Whether every number of the `other` dtype is one of `dtype`."""
+    return jnp.issubdtype(other, jnp.floating) and jnp.promote_types(dtype, other) == dtype
+
+
+def _check_loss(rule: Rule, dim_v: int, dtype: jnp.dtype) -> None:
+    """Raises ValueError where the bias's loss is not one number per token."""
+    values, tokens = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, dim_v), (2,)))
+    more = (tokens,) if rule.bias.needs_threshold else ()
+    loss = jax.eval_shape(rule.bias.loss, values, values, *more)
+    if loss.shape != tokens.shape:
+        raise ValueError(
+            f"the loss of {rule.bias} has shape {loss.shape} for answers and values of shape "
+            f"{values.shape}: it must be {tokens.shape}, a number per token, such as a sum over "
+            "axis=-1"
+        )
 
 
 def _shapes(tree: PyTree) -> PyTree:

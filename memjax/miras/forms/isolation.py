@@ -1,4 +1,4 @@
-"""What is not finite stays in its document, for forms that go through several documents at once.
+"""What is not finite stays in its document, for forms that go through several tokens at once.
 
 Their masks multiply, and 0 times what is not finite is not 0: it is taken out before, and put back
 where it belongs.
@@ -6,80 +6,132 @@ where it belongs.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memjax.documents import beside
 from memjax.miras.rule import Gates, Rule, State
-from memjax.typing import Array, Bool, Float
+from memjax.typing import Array, Bool, Float, Int, PyTree
+
+# What stands for a gate that is not finite.
+NEUTRAL = Gates(lr=0.0, momentum=0.0, retain=1.0, scale=1.0, threshold=1.0, window=0.0, write=0.0)
 
 
 def contained(
     go: Callable, rule: Rule, state: State, q: Array, k: Array, v: Array, gates: Gates,
-    starts: Bool[Array, "B T"],
+    starts: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None, State]:  # fmt: skip
     """`go(state, q, k, v, gates, starts)`: (y, loss or None, state).
 
-    A token, or a state, that is not finite makes NaN of what its document's tokens answer from
-    there on and of the state that they leave. What overflows on the way is not followed.
+    A token, or a state, that is not finite makes NaN of its document's weights from there on, and
+    of the answers, losses and the state that come of those. What overflows on the way is not
+    followed.
 
     Args:
-        go: a call of a rule with closed form, or one that solves.
+        go: a call of a rule.
         rule: the memory.
         state: where it stands.
         q, k, v, gates: of the tokens.
-        starts: which of them begin documents.
+        starts: which of them begin documents; None: none.
     """
-    fields = [x for x in (k, v, gates.lr, gates.retain, gates.write) if x is not None]
-    own = functools.reduce(jnp.logical_or, [_not_finite(x, 3) for x in fields])
-    lost = functools.reduce(
-        jnp.logical_or, [_not_finite(x, 2) for x in (*state.weights, *state.momentum)]
-    )
+    own = _bad((k, v, gates), 3)
+    lost = _bad((state.weights, state.momentum, state.pairs), 2)
+    lost_base = _bad(state.base, 2) if state.base else lost
 
     def clean(x, fill=0.0):
         return None if x is None else jnp.where(beside(own, x), jnp.asarray(fill, x.dtype), x)
 
-    def emptied(arrays):
-        return jax.tree.map(lambda x: jnp.where(beside(lost, x), 0, x), arrays)
+    def anew(lost, arrays, begin):
+        return jax.tree.map(lambda x, x_0: jnp.where(beside(lost, x), x_0, x), arrays, begin)
 
+    begin, pairs = state.begin, state.pairs
+    if pairs:
+        ones = None if pairs.threshold is None else jnp.ones_like(pairs.threshold)
+        blank = pairs._replace(k=jnp.zeros_like(pairs.k), v=jnp.zeros_like(pairs.v), threshold=ones)
+        pairs = anew(lost, pairs._replace(live=()), blank._replace(live=()))
+        pairs = pairs._replace(live=state.pairs.live)
     y, loss, after = go(
         state._replace(
-            base=emptied(state.base),
-            weights=emptied(state.weights),
-            momentum=emptied(state.momentum),
+            base=anew(lost_base, state.base, begin.weights) if state.base else (),
+            weights=anew(lost, state.weights, begin.weights),
+            momentum=anew(lost, state.momentum, begin.momentum),
+            pairs=pairs,
         ),
         q,
         clean(k),
         clean(v),
-        gates._replace(
-            lr=clean(gates.lr), retain=clean(gates.retain, 1.0), write=clean(gates.write)
-        ),
+        Gates(*map(clean, gates, NEUTRAL)),
         starts,
     )
 
-    index = jnp.arange(k.shape[1])[:, None]
-    begun = jax.lax.cummax(jnp.where(starts[..., None], index, -1), axis=1)
-    last = jax.lax.cummax(jnp.where(own, index, -1), axis=1)
-
-    def reached(last):
-        return (last >= jnp.maximum(begun, 0)) | ((begun < 0) & lost[:, None])
-
-    here = reached(last)
-    before = reached(jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1))
-
-    def spoilt(rows, x):
-        return jnp.where(beside(rows, x), jnp.asarray(jnp.nan, x.dtype), x)
-
-    def left(arrays):
-        return jax.tree.map(lambda x: spoilt(here[:, -1], x), arrays)
-
-    y = spoilt(here if rule.read == "after" else before, y)
-    loss = None if loss is None else spoilt(before | own, loss)
+    reach = _reach(rule, own, lost, lost_base, starts, state.place)
+    read = {"after": reach.now, "before": reach.before, "chunk": reach.base}[rule.read]
+    y = _spoilt(read[:, :-1], y)
+    loss = None if loss is None else _spoilt(reach.base[:, :-1] | own, loss)
+    left = functools.partial(_spoilt, reach.before[:, -1])
     after = after._replace(
-        base=left(after.base), weights=left(after.weights), momentum=left(after.momentum)
+        base=_spoilt(reach.base[:, -1], after.base),
+        weights=left(after.weights),
+        momentum=left(after.momentum),
+        pairs=left(after.pairs._replace(live=()))._replace(live=after.pairs.live) if pairs else (),
     )
     return y, loss, after
+
+
+class _Reach(NamedTuple):
+    """Where weights come from what is not finite, for each token and for one after the last."""
+
+    before: Bool[Array, "B N H"]  # W_{t-1}
+    now: Bool[Array, "B N H"]  # W_t
+    base: Bool[Array, "B N H"]  # W', as the token's chunk began
+
+
+def _reach(
+    rule: Rule,
+    own: Bool[Array, "B T H"],
+    lost: Bool[Array, "B H"],
+    lost_base: Bool[Array, "B H"],
+    starts: Bool[Array, "B T"] | None,
+    place: Int[Array, " B"],
+) -> _Reach:
+    time = own.shape[1]
+    index = jnp.arange(time + 1)
+    if starts is None:
+        starts = jnp.zeros(own.shape[:2], bool)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)))
+    begun = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)  # -1: before this call
+    last = jax.lax.cummax(jnp.where(own, index[:-1, None], -1), axis=1)
+    last = jnp.pad(last, ((0, 0), (1, 0), (0, 0)), constant_values=-1)  # of the tokens before
+    carried = (begun < 0)[..., None]
+
+    def until(end):
+        """Whether weights after tokens 0 to end - 1 are reached, of the document of each token."""
+        found = jnp.take_along_axis(last, jnp.maximum(end, 0)[..., None], axis=1)
+        return (found >= jnp.maximum(begun, 0)[..., None]) | (carried & lost[:, None])
+
+    before = until(jnp.broadcast_to(index, begun.shape))
+    now = until(jnp.broadcast_to(jnp.minimum(index + 1, time), begun.shape))
+    if rule.retention.first:
+        return _Reach(before, now, now)  # W' decays with every token
+    opened = index - jnp.where(begun < 0, place[:, None] + index, index - begun) % rule.chunk
+    base = jnp.where((opened < 0)[..., None], lost_base[:, None], until(opened))
+    return _Reach(before, now, base)
+
+
+def _bad(tree: PyTree, axes: int) -> Bool[Array, "*N"]:
+    """Whether anything is not finite in these arrays, but for their first axes."""
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    bad = [~jnp.all(jnp.isfinite(x), axis=tuple(range(axes, x.ndim))) for x in arrays]
+    return functools.reduce(jnp.logical_or, bad)
+
+
+def _spoilt(mask: Bool[Array, "*N"], tree: PyTree) -> PyTree:
+    """NaN where the mask says."""
+    return jax.tree.map(
+        lambda x: jnp.where(beside(mask, x), jnp.asarray(jnp.nan, x.dtype), x), tree
+    )
 
 
 def begun(state: State, starts: Bool[Array, "B T"]) -> State:
@@ -96,8 +148,3 @@ def begun(state: State, starts: Bool[Array, "B T"]) -> State:
     return state._replace(
         base=weights, weights=weights, momentum=rows(state.momentum, state.begin.momentum)
     )
-
-
-def _not_finite(x: Array, axes: int) -> Bool[Array, "*N"]:
-    """Whether anything is not finite in x, but for its first axes."""
-    return ~jnp.all(jnp.isfinite(x), axis=tuple(range(axes, x.ndim)))

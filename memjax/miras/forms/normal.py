@@ -18,6 +18,8 @@ from memjax.miras.precision import matmul
 from memjax.miras.products import restarting_products, segment_products
 from memjax.typing import Array, Float
 
+LEAST_RIDGE = 1e-6
+
 
 def solve(matvec, b: Float[Array, "*N K"], steps: int) -> Float[Array, "*N K"]:
     """`matvec(x) = b` for a symmetric positive definite matvec, row by row, by `steps` iterations.
@@ -42,8 +44,8 @@ def solve(matvec, b: Float[Array, "*N K"], steps: int) -> Float[Array, "*N K"]:
 
 
 def ridge(slow: dict[str, Array]) -> Array:
-    """The ridge of every key channel, above 0, from its weight."""
-    return jax.nn.softplus(slow["ridge"])
+    """The ridge of every key channel, from its weight; at least 1e-6, where softplus comes to 0."""
+    return jnp.maximum(jax.nn.softplus(slow["ridge"]), LEAST_RIDGE)
 
 
 def read(rule, weights, velocity, slow, q, compute) -> Float[Array, "B H T V"]:

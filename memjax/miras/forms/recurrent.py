@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from memjax import documents
 from memjax.miras.forms import normal
-from memjax.miras.forms.inputs import as_given, check
+from memjax.miras.forms.inputs import as_given, check, widened
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
-from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
+from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, reads, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -109,8 +109,8 @@ def read(rule: Rule, state: State, q: Float[Array, "B T H K"]) -> Float[Array, "
         raise ValueError(
             f"q has shape {q.shape}, but the state is for batch {batch} and heads {heads}"
         )
-    if q.shape[3] != (dim := rule.structure.key_dim(state.weights)):
-        raise ValueError(f"the memory has keys of dim {dim}, but q has {q.shape[3]}")
+    reads(rule, state.weights, state.slow, q.shape[3])
+    state = widened(state)
     if rule.learner.solves:
         y = jnp.moveaxis(q, 1, 2)
         y = normal.read(rule, state.weights, state.momentum, state.slow, y, q.dtype)
@@ -225,9 +225,7 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     y = _answer(rule, seen, state.slow, token.q[:, :, None], compute)
 
     complete = place + 1 == rule.chunk
-    closed, closed_velocity = close_chunk(
-        rule, begin, base, written, new_velocity, rule.chunk, gates.scale
-    )
+    closed, closed_velocity = close_chunk(rule, begin, base, written, new_velocity, gates.scale)
 
     def choose(yes, no):
         return jax.tree.map(lambda yes, no: _rows(complete, yes, no), yes, no)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import memjax
 from memjax.evaluation import recall
+from memjax.miras import checks
 from memjax.training import config as config_lib
 from memjax.training.lock import exclusive
 from memjax.training.signals import StopSignals
@@ -59,8 +60,7 @@ def finished(run: Run) -> Record | None:
             raise TypeError("its settings are no mapping")
         saved = config_lib.with_new_fields(content["run"], run.identity())
         record = Record(**content["result"])
-        if not all(0 <= share <= 1 for share in (record.accuracy, record.exact)):
-            raise ValueError("its accuracy is not between 0 and 1")
+        _check(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{run.path} is not the result of a run ({type(error).__name__}: {error}); delete it,"
@@ -73,6 +73,21 @@ def finished(run: Run) -> Record | None:
             " another --workdir, or delete it"
         )
     return record
+
+
+def _check(record: Record) -> None:
+    """Raises ValueError where a field is not of its type, or out of range."""
+    for name in ("accuracy", "exact", "seconds"):
+        checks.real(name, getattr(record, name), least=0.0)
+    for name in ("accuracy", "exact"):
+        if getattr(record, name) > 1:
+            raise ValueError(f"{name} {getattr(record, name)!r} is not between 0 and 1")
+    if record.loss is not None:
+        checks.real("loss", record.loss)
+    for name in ("rows", "steps", "parameters", "state_bytes"):
+        checks.whole(name, getattr(record, name), 0)
+    if record.diverged is not None:
+        checks.whole("diverged", record.diverged, 0)
 
 
 def kept(sweep: Sweep, workdir: str) -> list[tuple[Run, Record]]:
