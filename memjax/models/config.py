@@ -259,7 +259,8 @@ class LanguageModelConfig:
         conv: width of the convolutions in front of a memory; 0: none.
         memory: the neural memory.
         remat: what the backward pass computes again instead of keeping it: "none", "full" (all
-            inside every repeat of the pattern) or "dots" (all but products with weights).
+            inside every repeat of the pattern, but for the memory between segments of MAC and its
+            output) or "dots" (all but products with weights).
         dtype: of the computation, "bfloat16" or "float32". Parameters and logits are fp32.
 
     Raises:
