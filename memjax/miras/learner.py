@@ -55,19 +55,18 @@ class Learner:
         """The momentum before the first token: () or a tree whose leaves are like the weights'."""
         raise TypeError("Learner is the interface: use gd(), momentum() or another")
 
-    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
+    def gather(
+        self, velocity: PyTree, total: PyTree, rate: Float[Array, ""], count: Float[Array, ""]
+    ) -> PyTree:
         """`update` of many tokens, for a learner that `closes`.
 
         Args:
             velocity: the momentum before.
             total: `- sum_t lr_t g_t`.
             rate: the sum of their momentum gates.
+            count: how many tokens they are.
         """
         raise TypeError(f"{self} does not act at the ends of chunks")
-
-    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
-        """`velocity` where so many tokens were gathered, for a learner that has to know."""
-        return velocity
 
     def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
         """The end of a chunk, for a learner that `closes`: as `update`."""
@@ -326,16 +325,18 @@ class chunk_muon(Learner):
     def update(
         self, velocity: PyTree, gradient: PyTree, lr: Float[Array, ""], eta: Float[Array, ""] | None
     ) -> tuple[PyTree, PyTree]:
-        velocity = self.gather(velocity, jax.tree.map(lambda g: -lr * g, gradient), eta)
-        velocity = self.counted(velocity, jnp.ones_like(velocity["count"]))
+        one = jnp.ones_like(velocity["count"])
+        velocity = self.gather(velocity, jax.tree.map(lambda g: -lr * g, gradient), eta, one)
         return velocity, jax.tree.map(jnp.zeros_like, gradient)
 
-    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
-        total = jax.tree.map(jnp.add, velocity["sum"], total)
-        return velocity | {"sum": total, "rate": velocity["rate"] + rate}
-
-    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
-        return velocity | {"count": jax.lax.stop_gradient(velocity["count"]) + tokens}
+    def gather(
+        self, velocity: PyTree, total: PyTree, rate: Float[Array, ""], count: Float[Array, ""]
+    ) -> PyTree:
+        return velocity | {
+            "sum": jax.tree.map(jnp.add, velocity["sum"], total),
+            "rate": velocity["rate"] + rate,
+            "count": jax.lax.stop_gradient(velocity["count"]) + count,
+        }
 
     def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
         rate = velocity["rate"] / jnp.maximum(velocity["count"], 1)
@@ -402,11 +403,10 @@ class omega(Learner):
     ) -> tuple[PyTree, PyTree]:
         return self.step.update(velocity, gradient, lr, eta)
 
-    def gather(self, velocity: PyTree, total: PyTree, rate: Float[Array, ""]) -> PyTree:
-        return self.step.gather(velocity, total, rate)
-
-    def counted(self, velocity: PyTree, tokens: Float[Array, "*N"]) -> PyTree:
-        return self.step.counted(velocity, tokens)
+    def gather(
+        self, velocity: PyTree, total: PyTree, rate: Float[Array, ""], count: Float[Array, ""]
+    ) -> PyTree:
+        return self.step.gather(velocity, total, rate, count)
 
     def close(self, velocity: PyTree) -> tuple[PyTree, PyTree]:
         return self.step.close(velocity)

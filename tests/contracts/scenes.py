@@ -113,7 +113,7 @@ def to_oracle(state) -> oracle.State:
 def from_oracle(state, other: oracle.State):
     """The engine's state with what the oracle computed in it."""
     momentum = _tuples(other.momentum)
-    if "count" in state.momentum:
+    if isinstance(state.momentum, dict):
         momentum |= {"count": np.broadcast_to(other.place[:, None], momentum["rate"].shape) * 1.0}
     return state._replace(
         base=tuple(other.base) if state.base else (), weights=tuple(other.weights),
@@ -159,7 +159,7 @@ def _states(case):
         state = jax.tree.map(np.asarray, fresh(case))
     random = np.random.default_rng(5)
     begin = jax.tree.map(lambda s: 0.1 * random.normal(size=s.shape), state.begin.momentum)
-    if "count" in begin:
+    if isinstance(begin, dict):
         begin["count"] = np.zeros_like(begin["count"])
     state = state._replace(begin=state.begin._replace(momentum=begin))
     before = stream(case, PREFIX, seed=1)

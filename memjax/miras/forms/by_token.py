@@ -129,7 +129,8 @@ def gather(
     total = tuple(
         -matmul(x.T, lr[:, None] * d, compute=compute) for x, d in zip(inputs, signals, strict=True)
     )
-    velocity = rule.learner.gather(velocity, total, jnp.sum(jnp.where(own, gates.momentum, 0)))
+    rate, count = jnp.sum(jnp.where(own, gates.momentum, 0)), jnp.sum(own, dtype=dtype)
+    velocity = rule.learner.gather(velocity, total, rate, count)
     y = rule.structure.forward(
         lambda i, x: matmul(x, linked[i], compute=compute), slow, q.astype(dtype)
     )

@@ -529,9 +529,6 @@ def _close(
     if scale is not None:
         final = jnp.max(jnp.where(own, jnp.arange(own.shape[1]), 0), axis=1)
         scale = jnp.take_along_axis(scale, final[:, None, None], axis=2)[..., 0]
-    if rule.learner.closes:
-        tokens = (place - carry.place).astype(weights[0].dtype)
-        velocity = rule.learner.counted(velocity, tokens[:, None])
     closed, moved = close_chunk(rule, state.begin, base, weights, velocity, scale)
 
     def choose(yes, no):
