@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.typing import Array, Bool, Int
+from memjax.typing import Array, Bool, Int, PyTree
 
 
 class Documents(NamedTuple):
@@ -76,3 +76,12 @@ def follow(
 def beside(mask: Bool[Array, "*N"], x: Array) -> Bool[Array, "*M"]:
     """A mask of rows, or of tokens, with axes of size 1 for what else x has behind them."""
     return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+
+
+def choose(mask: Bool[Array, "*N"], yes: PyTree, no: PyTree) -> PyTree:
+    """`yes` where a mask of rows, or of tokens, says so, else `no`; dtypes are those of `no`."""
+
+    def chosen(y, n):
+        return jnp.where(beside(mask, n), y.astype(n.dtype), n)
+
+    return jax.tree.map(chosen, yes, no)

@@ -16,7 +16,7 @@ from memjax.layers.statistics import MemoryStats
 from memjax.miras.features import unit
 from memjax.miras.forms.remat import grouped_scan
 from memjax.sharding import constrain
-from memjax.typing import Array, Bool, Float, Int, PyTree
+from memjax.typing import Array, Bool, Float, Int
 
 SOURCES = 4  # memories that a head's keys, values, rates and retentions come from
 
@@ -278,11 +278,11 @@ class _Bases:
         """`M(x; W')` of every token."""
         begin = self.state.begin.weights
         if self.inside:
-            return self._read(_rows(self.started[:, 0], begin, self.state.began), x)
+            return self._read(documents.choose(self.started[:, 0], begin, self.state.began), x)
         found = (self._read(base, x) for base in (self.state.began, self.following))
         first, second = found
         y = jnp.where(self.ends[..., None, None], first, second)
-        fresh = _rows(jnp.ones_like(self.started[:, 0]), begin, self.state.began)
+        fresh = documents.choose(jnp.ones_like(self.started[:, 0]), begin, self.state.began)
         return jnp.where(self.started[..., None, None], self._read(fresh, x), y)
 
     def learn_chunk(self, k, targets, gates: miras.Gates) -> None:
@@ -298,15 +298,6 @@ class _Bases:
 
     def _read(self, weights, x):
         return miras.read(self.rule, self.state._replace(weights=weights), x)
-
-
-def _rows(which: Bool[Array, " B"], yes: PyTree, no: PyTree) -> PyTree:
-    """Row by row, `yes` [H, ...] or `no` [B, H, ...]."""
-    return jax.tree.map(
-        lambda y, n: jnp.where(which.reshape(-1, *[1] * (n.ndim - 1)), y.astype(n.dtype), n),
-        yes,
-        no,
-    )
 
 
 def _unfold(x, length: int):

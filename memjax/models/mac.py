@@ -254,12 +254,8 @@ class MemoryAsContext(nnx.Module):
         # Unless the backward pass computes whole segments again, it does so with what would keep
         # much: masks of every entry, the memory's wide layers, angles, scores.
         again = (lambda run: run) if self.remat else jax.checkpoint
-        choose = again(select)
-        recalled = jax.tree.map(
-            lambda w_0, w: choose(new[:, 0], w_0, w),
-            state.memory.memory.begin.weights,
-            state.recalled,
-        )
+        choose = again(documents.choose)
+        recalled = choose(new[:, 0], state.memory.memory.begin.weights, state.recalled)
         h = again(self.memory.answer)(asked, state.memory, recalled)
         turn = again(functools.partial(rotary, base=self.rope_base))
         k, v = (turn(self.key(h), positions), own_k), (self.value(h), own_v)
@@ -291,9 +287,7 @@ class MemoryAsContext(nnx.Module):
         m, memory = self.memory(y, state.memory, segment_ids=ids, aligned=aligned)
         state = MemoryAsContextState(
             memory=memory,
-            recalled=jax.tree.map(
-                functools.partial(choose, complete), memory.memory.weights, recalled
-            ),
+            recalled=choose(complete, memory.memory.weights, recalled),
             keys=choose(complete, jnp.zeros_like(keys), keys),
             values=choose(complete, jnp.zeros_like(values), values),
             slot=(slot + length) % self.segment,
@@ -344,8 +338,3 @@ class Own(NamedTuple):
     new: Bool[Array, "B T"]
     ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-
-
-def select(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
-    """`yes` in the given rows, else `no`."""
-    return jnp.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)

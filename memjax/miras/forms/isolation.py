@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.documents import beside
+from memjax.documents import beside, choose
 from memjax.miras.rule import Gates, Rule, State
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
@@ -40,23 +40,19 @@ def contained(
     lost = _bad((state.weights, state.momentum, state.pairs), 2)
     lost_base = _bad(state.base, 2) if state.base else lost
 
-    def clean(x, fill=0.0):
-        return None if x is None else jnp.where(beside(own, x), jnp.asarray(fill, x.dtype), x)
-
-    def anew(lost, arrays, begin):
-        return jax.tree.map(lambda x, x_0: jnp.where(beside(lost, x), x_0, x), arrays, begin)
+    def cleared(mask, x, fill=0.0):
+        return None if x is None else jnp.where(beside(mask, x), jnp.asarray(fill, x.dtype), x)
 
     begin, pairs = state.begin, state.pairs
     if pairs:
-        ones = None if pairs.threshold is None else jnp.ones_like(pairs.threshold)
-        blank = pairs._replace(k=jnp.zeros_like(pairs.k), v=jnp.zeros_like(pairs.v), threshold=ones)
-        pairs = anew(lost, pairs._replace(live=()), blank._replace(live=()))
-        pairs = pairs._replace(live=state.pairs.live)
+        k_0, v_0 = cleared(lost, pairs.k), cleared(lost, pairs.v)
+        pairs = pairs._replace(k=k_0, v=v_0, threshold=cleared(lost, pairs.threshold, 1.0))
+    clean = functools.partial(cleared, own)
     y, loss, after = go(
         state._replace(
-            base=anew(lost_base, state.base, begin.weights) if state.base else (),
-            weights=anew(lost, state.weights, begin.weights),
-            momentum=anew(lost, state.momentum, begin.momentum),
+            base=choose(lost_base, begin.weights, state.base) if state.base else (),
+            weights=choose(lost, begin.weights, state.weights),
+            momentum=choose(lost, begin.momentum, state.momentum),
             pairs=pairs,
         ),
         q,
@@ -75,7 +71,7 @@ def contained(
         base=_spoilt(reach.base[:, -1], after.base),
         weights=left(after.weights),
         momentum=left(after.momentum),
-        pairs=left(after.pairs._replace(live=()))._replace(live=after.pairs.live) if pairs else (),
+        pairs=left(after.pairs),
     )
     return y, loss, after
 
@@ -128,10 +124,13 @@ def _bad(tree: PyTree, axes: int) -> Bool[Array, "*N"]:
 
 
 def _spoilt(mask: Bool[Array, "*N"], tree: PyTree) -> PyTree:
-    """NaN where the mask says."""
-    return jax.tree.map(
-        lambda x: jnp.where(beside(mask, x), jnp.asarray(jnp.nan, x.dtype), x), tree
-    )
+    """NaN where the mask says, in floating-point arrays."""
+
+    def spoilt(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.where(beside(mask, x), jnp.asarray(jnp.nan, x.dtype), x) if floating else x
+
+    return jax.tree.map(spoilt, tree)
 
 
 def begun(state: State, starts: Bool[Array, "B T"]) -> State:
@@ -141,10 +140,6 @@ def begun(state: State, starts: Bool[Array, "B T"]) -> State:
     stays in the calls of its document.
     """
 
-    def rows(now, begin):
-        return jax.tree.map(lambda x, x_0: jnp.where(beside(starts[:, 0], x), x_0, x), now, begin)
-
-    weights = rows(state.weights, state.begin.weights)
-    return state._replace(
-        base=weights, weights=weights, momentum=rows(state.momentum, state.begin.momentum)
-    )
+    weights = choose(starts[:, 0], state.begin.weights, state.weights)
+    momentum = choose(starts[:, 0], state.begin.momentum, state.momentum)
+    return state._replace(base=weights, weights=weights, momentum=momentum)

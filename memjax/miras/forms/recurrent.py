@@ -174,7 +174,7 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     begin, link = state.begin, rule.retention.link
 
     def restart(now, begin):
-        return jax.tree.map(lambda x, x_0: _rows(token.starts, x_0, x), now, begin)
+        return documents.choose(token.starts, begin, now)
 
     base, weights = restart(base, begin.weights), restart(weights, begin.weights)
     velocity = restart(velocity, begin.momentum)
@@ -228,7 +228,7 @@ def _write_and_read(rule: Rule, state: State, carry: PyTree, token: Token) -> tu
     closed, closed_velocity = close_chunk(rule, begin, base, written, new_velocity, gates.scale)
 
     def choose(yes, no):
-        return jax.tree.map(lambda yes, no: _rows(complete, yes, no), yes, no)
+        return documents.choose(complete, yes, no)
 
     new_carry = (
         choose(closed, base), choose(closed, written), choose(closed_velocity, new_velocity),
@@ -257,7 +257,3 @@ def _learned(pairs: Pairs | tuple[()], token: Token):
         k[:, :, 1:], v[:, :, 1:], None if threshold is None else threshold[:, :, 1:], live[:, 1:]
     )
     return kept, k, v, threshold, share
-
-
-def _rows(choose: Bool[Array, " B"], yes: Array, no: Array) -> Array:
-    return jnp.where(choose.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
