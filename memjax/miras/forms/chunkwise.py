@@ -260,7 +260,8 @@ def _by_tiles(rule, state, q, k, v, gates, starts, *, block, loss, remat, aligne
     aligned = aligned and rule.chunk % block == 0
     block = min(block, length)
     if remat is None:
-        remat = _default_group(state, block)
+        whole = aligned and block == rule.chunk
+        remat = _default_group(state, block, -(-length // block), whole=whole)
     carry = Carry(state.base, state.weights, state.momentum, state.place)
 
     def by_tile(carry, tiles):
@@ -272,7 +273,7 @@ def _by_tiles(rule, state, q, k, v, gates, starts, *, block, loss, remat, aligne
 
     def anywhere(carry, tiles):
         def run(carry, tiles):
-            return jax.lax.scan(lambda c, tile: _any_tile(rule, state, c, tile), carry, tiles)
+            return _scan(lambda c, tile: _any_tile(rule, state, c, tile), carry, tiles)
 
         return in_groups(run, carry, tiles, group=remat)
 
@@ -306,12 +307,21 @@ def _default_block(rule: Rule) -> int:
     return divisor if 2 * divisor > min(chunk, most) else min(chunk, most)
 
 
-def _default_group(state: State, block: int, most: int = 8, least: int = 16) -> int:
-    """Tiles a group, so that its state is at most 8 times the keys and values of its tokens."""
+def _default_group(
+    state: State, block: int, count: int, *, whole: bool, most: int = 8, least: int = 16
+) -> int:
+    """Tiles a group, so that its state is at most 8 times the keys and values of its tokens.
+
+    Unless tiles are whole chunks, a chunk's first weights are of the state. A divisor of the
+    `count` of tiles leaves no shorter group, to be compiled for itself, at the end.
+    """
     weights, fast = state.weights, (state.weights, state.momentum)
+    if not whole:
+        fast += (state.base,)
     held = sum(leaf[0, 0].size for leaf in jax.tree.leaves(fast))
     a_token = weights[0].shape[-2] + weights[-1].shape[-1]
-    return max(-(-held // (most * block * a_token)), -(-least // block))
+    group = max(-(-held // (most * block * a_token)), -(-least // block))
+    return next((n for n in range(group, 2 * group) if count % n == 0), group)
 
 
 def _tiles(q, k, v, gates, starts, past: dual.Learned | None, block: int) -> Tile:
@@ -423,7 +433,13 @@ def _run_tiles(rule, state, carry: Carry, tiles: Tile, *, restarts: bool):
             carry = _close(rule, state, carry, *written, tile, tile.live)
         return carry, (y, loss)
 
-    return jax.lax.scan(step, carry, (tiles, plans))
+    return _scan(step, carry, (tiles, plans))
+
+
+def _scan(step, carry: Carry, tiles: PyTree):
+    """`jax.lax.scan` over a group of tiles; a pair is computed without storing what both keep."""
+    count = jax.tree.leaves(tiles)[0].shape[0]
+    return jax.lax.scan(step, carry, tiles, unroll=count <= 2)
 
 
 def _of_documents(tile: Tile, live: Bool[Array, "B C"]) -> Tile:
@@ -467,7 +483,7 @@ def _chunk_end(carry: Carry, base, weights, velocity, tile: Tile) -> Carry:
 def _settle(rule, carry: Carry) -> Carry:
     """Ends the chunk that the last tile filled."""
     complete = carry.place == rule.chunk
-    base = jax.tree.map(lambda w, b: _where(complete, w, b), carry.weights, carry.base)
+    base = documents.choose(complete, carry.weights, carry.base)
     return carry._replace(base=base, place=jnp.where(complete, 0, carry.place))
 
 
@@ -516,7 +532,7 @@ def _restart(state: State, carry: Carry, rows: Bool[Array, " B"]) -> Carry:
     """The given rows at the beginning of a document."""
     weights, velocity = state.begin
     begin = Carry(weights, weights, velocity, jnp.zeros((), jnp.int32))
-    return jax.tree.map(lambda now, new: _where(rows, new.astype(now.dtype), now), carry, begin)
+    return documents.choose(rows, begin, carry)
 
 
 def _close(
@@ -532,16 +548,12 @@ def _close(
     closed, moved = close_chunk(rule, state.begin, base, weights, velocity, scale)
 
     def choose(yes, no):
-        return jax.tree.map(lambda yes, no: _where(complete, yes, no), yes, no)
+        return documents.choose(complete, yes, no)
 
     if rule.learner.closes:
         velocity = choose(moved, velocity)
     place = jnp.where(complete, 0, place)
     return Carry(choose(closed, base), choose(closed, weights), velocity, place)
-
-
-def _where(rows: Bool[Array, " B"], yes: Array, no: Array) -> Array:
-    return jnp.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
 
 
 def _run(rule, state: State, carry: Carry, tile: Tile, live, document):
