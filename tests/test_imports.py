@@ -11,15 +11,16 @@ OURS = ("memjax", "pallas_kernels", "experiments", "configs", "tests")
 
 # What each package may import, besides itself and what is not ours. Read top-down: a row names only
 # packages above it.
-CORE = ("memjax.typing", "memjax.documents", "memjax.sharding", "pallas_kernels")
+CORE = ("memjax.typing", "memjax.checks", "memjax.documents", "memjax.sharding", "pallas_kernels")
 PURE = ("memjax.miras", "memjax.attention", "memjax.sparse", "memjax.segment")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "memjax": (),
     "memjax.typing": (),
+    "memjax.checks": (),
     "memjax.documents": ("memjax.typing",),
     "memjax.sharding": ("memjax.typing",),
     "pallas_kernels": (),
-    "memjax.data": ("memjax.typing",),
+    "memjax.data": ("memjax.typing", "memjax.checks"),
     **dict.fromkeys(PURE, CORE),
     "memjax.layers": (*CORE, *PURE),
     "memjax.models": (*CORE, *PURE, "memjax.layers"),
@@ -39,6 +40,7 @@ ALLOWED |= {
 OUTSIDE = {
     "pallas_kernels": {"jax", "jaxlib", "numpy"},
     "memjax.typing": {"jax", "jaxtyping"},
+    "memjax.checks": set(),
     "memjax.documents": {"jax", "jaxtyping"},
     "memjax.miras": {"jax", "jaxtyping", "numpy"},
     "memjax.attention": {"jax", "jaxtyping", "numpy"},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import models
+from memjax import documents, models
 from memjax.typing import Array, Float, Int, Key
 
 Batch = dict[str, Array]
@@ -61,10 +61,9 @@ def context_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     Returns:
       [B, T], from 0.
     """
-    time = jnp.arange(segment_ids.shape[1])
-    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
-    begins = jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True)
-    return time - jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
+    batch, time = segment_ids.shape
+    unseen = jnp.full((batch,), -1, jnp.int32)
+    return documents.follow(segment_ids, unseen, jnp.zeros_like(unseen), time).index
 
 
 def totals(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memjax import documents
+from memjax import checks, documents
 from memjax.attention import backends
 from memjax.attention import window as windows
 from memjax.layers import shell
@@ -77,18 +77,17 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kv_heads = heads if kv_heads is None else kv_heads
-        _check_heads(dim, heads, head_dim, kv_heads)
-        head_dim = dim // heads if head_dim is None else head_dim
-        if head_dim < 2 or head_dim % 2:
+        head_dim = shell.head_size(dim, heads, head_dim)
+        shell.check_sizes(kv_heads=kv_heads)
+        if heads % kv_heads:
+            raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
+        if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} must be even: rotary positions pair features")
         if window is None and context is None:
             raise ValueError("Attention needs a window, or a context (capacity of its cache)")
         self.window = context if window is None else window
-        if self.window < 1:
-            name = "context" if window is None else "window"
-            raise ValueError(f"{name} {self.window} must be at least 1: a token sees itself")
-        if sinks < 0 or persistent < 0:
-            raise ValueError(f"sinks {sinks} and persistent {persistent} must be at least 0")
+        checks.whole("context" if window is None else "window", self.window)
+        shell.check_sizes(0, sinks=sinks, persistent=persistent)
         if implementation not in (None, *backends.IMPLEMENTATIONS):
             raise ValueError(
                 f"implementation {implementation!r} must be None or one of "
@@ -192,12 +191,3 @@ class Attention(nnx.Module):
             return None
         tokens = self.persistent[...].astype(dtype)
         return windows.Prefix(self._keys(tokens), self.value(tokens))
-
-
-def _check_heads(dim: int, heads: int, head_dim: int | None, kv_heads: int) -> None:
-    if min(dim, heads, kv_heads) < 1:
-        raise ValueError(f"dim {dim}, heads {heads} and kv_heads {kv_heads} must be at least 1")
-    if heads % kv_heads:
-        raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
-    if head_dim is None and dim % heads:
-        raise ValueError(f"dim {dim} must be a multiple of heads {heads}, or give head_dim")

@@ -1,12 +1,13 @@
 """A continuum of memories: MLPs that learn at test time, each less often than the one before."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import miras
+from memjax import checks, miras
 from memjax.layers import shell
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
@@ -64,9 +65,12 @@ class ContinuumMemory(nnx.Module):
         lr_max: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        if dim < 1 or not periods or min(periods) < 1:
-            raise ValueError(f"dim {dim} and each of periods {periods} must be at least 1")
-        shell.check_rate("lr_max", lr_max)
+        shell.check_sizes(dim=dim)
+        if not isinstance(periods, Sequence) or not periods:
+            raise ValueError(f"periods {periods!r} must be a tuple, of an integer for each level")
+        for i, period in enumerate(periods):
+            checks.whole(f"periods[{i}]", period)
+        checks.real("lr_max", lr_max, above=0.0)
         self.dim = dim
         self.levels = nnx.List(
             _Level(dim, period, expansion, lr_max, rngs=rngs) for period in periods

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from memjax import documents, sharding
+from memjax import checks, documents, sharding
 from memjax.layers.linear import fan_in_normal
 from memjax.typing import Array, Float, Int
 from pallas_kernels.short_convolution import misfit, short_convolution
@@ -38,7 +38,7 @@ class CausalConv(nnx.Module):
         axis_name: logical name of the channels.
 
     Raises:
-        ValueError: dim or width below 1.
+        ValueError: dim or width is no integer of at least 1.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class CausalConv(nnx.Module):
         rngs: nnx.Rngs,
         axis_name: str | None = "embed",
     ):
-        if dim < 1 or width < 1:
-            raise ValueError(f"CausalConv dim {dim} and width {width} must be at least 1")
+        checks.whole("dim", dim)
+        checks.whole("width", width)
         self.dim, self.width, self.axis_name = dim, width, axis_name
         weight = fan_in_normal(rngs.params(), (width, dim), width)
         self.weight = nnx.Param(weight, axes=("conv", axis_name))

@@ -16,7 +16,7 @@ class SwiGLU(nnx.Module):
         rngs: the stream `params` draws the weights.
 
     Raises:
-        ValueError: dim or hidden below 1.
+        ValueError: dim or hidden is no integer of at least 1.
 
     Source: Shazeer, 2020, arXiv:2002.05202, equation 6.
     """

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax import checks
 from memjax.typing import Array, Float, Key
 
 
@@ -43,7 +44,8 @@ class Linear(nnx.Module):
         rngs: the stream `params` draws the weight.
 
     Raises:
-        ValueError: a size below 1, or `axes` of another length than the weight has dimensions.
+        ValueError: a size that is no integer of at least 1, or `axes` of another length than the
+            weight has dimensions.
     """
 
     def __init__(
@@ -55,14 +57,13 @@ class Linear(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
-        self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        self.inputs = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
+        self.outputs = tuple(outputs) if isinstance(outputs, Sequence) else (outputs,)
         shape = self.inputs + self.outputs
         axes = tuple(axes)
-        if min(shape) < 1:
-            raise ValueError(
-                f"Linear sizes must be at least 1: inputs {self.inputs}, outputs {self.outputs}"
-            )
+        for name, sizes in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for size in sizes:
+                checks.whole(name, size)
         if len(axes) != len(shape):
             raise ValueError(
                 f"axes {axes} must name each of the {len(shape)} dimensions of the weight "

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import miras
+from memjax import checks, miras
 from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, SoftplusDecay
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import Auxiliary, MemoryStats
-from memjax.miras import checks
 from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import miras
+from memjax import checks, miras
 from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead, ThresholdHead
@@ -78,7 +78,7 @@ class NeuralMemory(nnx.Module):
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
         shell.check_sizes(0, conv=conv, persistent=persistent)
-        shell.check_rate("lr_max", lr_max)
+        checks.real("lr_max", lr_max, above=0.0)
         if rule is not None and not isinstance(rule, miras.Rule):
             raise TypeError(
                 f"rule must be a miras.Rule, such as miras.zoo.titans() or miras.Rule(structure,"
@@ -134,7 +134,7 @@ class NeuralMemory(nnx.Module):
         Returns:
             A `NeuralMemoryState`; its memory has already read the persistent vectors.
         """
-        weights = shell.weights(self.fast, self.slow)
+        weights = shell.weights(self.rule, self.heads, self.head_dim, self.fast, self.slow)
         dims = self.head_dim, self.head_dim
         memory = miras.start(self.rule, weights, batch, dims=dims)
         if self.persistent is not None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax import checks
 from memjax.typing import Array, Float
 
 
@@ -20,7 +21,7 @@ class RMSNorm(nnx.Module):
         axis_name: logical name of the last axis.
 
     Raises:
-        ValueError: dim below 1.
+        ValueError: dim is no integer of at least 1.
 
     Source: Zhang and Sennrich, 2019, arXiv:1910.07467, equation 4.
     """
@@ -33,8 +34,7 @@ class RMSNorm(nnx.Module):
         eps: float = 1e-6,
         axis_name: str | None = "embed",
     ):
-        if dim < 1:
-            raise ValueError(f"RMSNorm dim {dim} must be at least 1")
+        checks.whole("dim", dim)
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=(axis_name,))
 

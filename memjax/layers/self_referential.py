@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import documents, miras
+from memjax import checks, documents, miras
 from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.linear import Linear
@@ -86,17 +86,14 @@ class SelfReferentialMemory(nnx.Module):
     ):
         head_dim = shell.head_size(dim, heads, head_dim)
         projection_chunk = chunk if projection_chunk is None else projection_chunk
-        if min(dim, heads, head_dim, chunk, projection_chunk) < 1 or conv < 0:
-            raise ValueError(
-                f"dim {dim}, heads {heads}, head_dim {head_dim}, chunk {chunk} and "
-                f"projection_chunk {projection_chunk} must be at least 1, conv {conv} at least 0"
-            )
+        shell.check_sizes(chunk=chunk, projection_chunk=projection_chunk)
+        shell.check_sizes(0, conv=conv)
         if max(chunk, projection_chunk) % min(chunk, projection_chunk):
             raise ValueError(
                 f"of chunk {chunk} and projection_chunk {projection_chunk} one must be a multiple "
                 "of the other"
             )
-        shell.check_rate("lr_max", lr_max)
+        checks.real("lr_max", lr_max, above=0.0)
         self.dim, self.heads, self.head_dim, self.lr_max = dim, heads, head_dim, lr_max
         make = miras.zoo.self_referential_titans
         self.rule = make(expansion=expansion, chunk=chunk, read=read)

@@ -1,6 +1,5 @@
 """What the layers around a memory share: sizes, checks, projections, learned W_0, reports."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -8,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import miras
+from memjax import checks, miras
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.linear import Linear
 from memjax.layers.statistics import MemoryStats
-from memjax.miras import checks
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
 
@@ -50,13 +48,6 @@ def check_starts_at_zero(layer: str, rule: miras.Rule) -> None:
             f"{layer} begins at W_0 = 0, but {rule.structure} draws it: use matrix(scale=0.0), or "
             "NeuralMemory, which learns W_0"
         )
-
-
-def check_rate(name: str, value: float | int) -> None:
-    """Raises ValueError where a largest learning rate is no finite number above 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def check_inputs(
@@ -194,10 +185,12 @@ def initial_weights(
         axes: logical names of each fast weight; None splits them by heads.
         rngs: the stream `params` draws the weights.
     Returns:
-        Fast and slow parameters, each [H, ...]; `weights` reads them.
+        Fast and slow parameters, each [H, ...]; `weights` reads them. A rule that solves for its
+        memory begins at 0, and has no fast ones.
     """
-    keys = jax.random.split(rngs.params(), heads)
-    drawn = jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
+    drawn = _drawn(rule, jax.random.split(rngs.params(), heads), head_dim)
+    if rule.learner.solves:
+        drawn = drawn._replace(fast=())
     if axes is None:
         axes = [("heads", "memory_in", "memory_out")] * len(drawn.fast)
     fast = nnx.List(nnx.Param(w, axes=names) for w, names in zip(drawn.fast, axes, strict=True))
@@ -219,9 +212,25 @@ def slow_weights(drawn: Mapping[str, Array]) -> Mapping[str, nnx.Param]:
     return nnx.Dict({name: nnx.Param(w, axes=axes(name, w.ndim)) for name, w in drawn.items()})
 
 
-def weights(fast: Sequence[nnx.Param], slow: Mapping[str, nnx.Param]) -> miras.Weights:
+def weights(
+    rule: miras.Rule,
+    heads: int,
+    head_dim: int,
+    fast: Sequence[nnx.Param],
+    slow: Mapping[str, nnx.Param],
+) -> miras.Weights:
     """The arrays of `initial_weights`, as `miras.start` takes them."""
-    return miras.Weights(tuple(w[...] for w in fast), {name: w[...] for name, w in slow.items()})
+    begin = tuple(w[...] for w in fast)
+    if rule.learner.solves:
+        keys = jax.random.split(jax.random.key(0), heads)
+        like = jax.eval_shape(lambda: _drawn(rule, keys, head_dim)).fast
+        begin = tuple(jnp.zeros(w.shape, w.dtype) for w in like)
+    return miras.Weights(begin, {name: w[...] for name, w in slow.items()})
+
+
+def _drawn(rule: miras.Rule, keys: Array, head_dim: int) -> miras.Weights:
+    """W_0 for each key, [H, ...]."""
+    return jax.vmap(lambda key: rule.init(key, head_dim, head_dim))(keys)
 
 
 class InitialWeights(nnx.Module):
@@ -240,11 +249,12 @@ class InitialWeights(nnx.Module):
         axes: Sequence[Sequence[str | None]] | None = None,
         rngs: nnx.Rngs,
     ):
+        self.rule, self.heads, self.head_dim = rule, heads, head_dim
         self.fast, self.slow = initial_weights(rule, heads, head_dim, axes=axes, rngs=rngs)
 
     def __call__(self) -> miras.Weights:
         """The arrays, as `miras.start` takes them."""
-        return weights(self.fast, self.slow)
+        return weights(self.rule, self.heads, self.head_dim, self.fast, self.slow)
 
 
 def stats(

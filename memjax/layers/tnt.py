@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memjax import documents, miras
+from memjax import checks, documents, miras
 from memjax.layers import shell
 from memjax.layers.conv import CausalConv, ConvState
 from memjax.layers.gates import GateHead
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.layers.statistics import MemoryStats
-from memjax.miras import checks
 from memjax.miras.features import unit
 from memjax.sharding import constrain
 from memjax.typing import Array, Float, Int
@@ -93,7 +92,7 @@ class TNTMemory(nnx.Module):
             checks.whole(f"local_chunks[{i}]", size)
         if any(shard % size for size in local_chunks):
             raise ValueError(f"shard {shard} must be a multiple of each of {local_chunks}")
-        shell.check_rate("lr_max", lr_max)
+        checks.real("lr_max", lr_max, above=0.0)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.shard, self.lr_max = shard, lr_max
         structure = miras.mlp(expansion=expansion, norm=True, residual=True)

@@ -26,7 +26,8 @@ from memjax.miras.learner import (
     omega,
 )
 from memjax.miras.retention import Retention, decay, elastic_net, lq, none, renormalise, simplex
-from memjax.miras.rule import Begin, Gates, Pairs, Rule, State, begin_from, start
+from memjax.miras.rule import Begin, Gates, Pairs, Rule, State
+from memjax.miras.state import begin_from, start
 from memjax.miras.structure import Structure, Weights, gated_mlp, least_squares, matrix, mlp, vector
 
 __all__ = [

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memjax.miras import checks
+from memjax import checks
 from memjax.typing import Array, Float
 
 SMOOTH = 1e-6  # added under the roots of |r| and ||r||, which have a derivative at 0 so

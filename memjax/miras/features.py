@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.miras import checks
+from memjax import checks
 from memjax.typing import Array, Float
 
 UNIT_EPSILON = 1e-6

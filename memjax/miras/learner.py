@@ -14,7 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memjax.miras import checks
+from memjax import checks
+from memjax.miras import kinds
 from memjax.miras.bias import Bias, l2
 from memjax.miras.newton_schulz import orthogonal
 from memjax.miras.products import prefix_products, segment_products
@@ -435,7 +436,7 @@ def _online_matrix(
         kind: what the structure has to be.
         first: whether the decay may come before the gradient.
     """
-    plain = checks.keeps(structure, (kind,), "forward", "mapped") and structure.features is None
+    plain = kinds.keeps(structure, (kind,), "forward", "mapped") and structure.features is None
     decays = retention.linear and not retention.closes and not retention.to_initial
     usual = first or not retention.first
     misfits = [
@@ -443,7 +444,7 @@ def _online_matrix(
         for fits, part, wanted in (
             (plain, structure, "least_squares()" if kind is least_squares else
              "a matrix without features"),
-            (checks.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
+            (kinds.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
             (decays and usual, retention, "decay() or none()"),
             (chunk == 1, f"chunk={chunk}", "chunk=1"),
         )

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from memjax.miras import checks, passes
+from memjax import checks
+from memjax.miras import passes
 from memjax.miras.structure import Structure
 from memjax.typing import Array, Float
 

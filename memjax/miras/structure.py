@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.miras import checks
+from memjax import checks
 from memjax.miras.features import Features
 from memjax.miras.precision import matmul
 from memjax.typing import Array, Float, Key

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from memjax import miras
-from memjax.layers import shell
+from memjax import checks, miras
 from memjax.models import feed_forwards, mixers
 from memjax.models.combine import WAYS
 from memjax.models.registry import nearest
@@ -124,7 +123,7 @@ class MemoryConfig:
                 f"{self.negative_eigenvalues!r}"
             )
         for name in ("lr_max", "continuum_lr_max"):
-            shell.check_rate(f"memory.{name}", getattr(self, name))
+            checks.real(f"memory.{name}", getattr(self, name), above=0.0)
         for name, valid in (("rule", RULES), ("combine", WAYS)):
             value = getattr(self, name)
             if name == "rule" and value not in valid and value in _READS:

@@ -89,12 +89,9 @@ class MemoryAsContext(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None:
-            if dim % heads:
-                raise ValueError(f"dim {dim} must be a multiple of heads {heads}, or give head_dim")
-            head_dim = dim // heads
-        if segment < 1:
-            raise ValueError(f"segment {segment} must be at least 1")
+        head_dim = shell.head_size(dim, heads, head_dim)
+        shell.check_sizes(segment=segment)
+        shell.check_sizes(0, persistent=persistent)
         self.memory, self.segment, self.rope_base = memory, segment, rope_base
         self.remat = remat
         self.heads, self.head_dim = heads, head_dim

@@ -270,7 +270,7 @@ def test_slots_of_mqar_are_drawn_where_their_chances_underflow():
 def test_a_power_of_mqar_that_is_no_number_above_0_is_named(power):
     task = tasks.MQAR()
     object.__setattr__(task, "power", power)  # past the type checks of the tests
-    with pytest.raises(ValueError, match=f"power must be a finite number above 0, got {power!r}"):
+    with pytest.raises(ValueError, match=f"power {power!r} must be a finite number above 0"):
         task.__post_init__()
 
 
@@ -337,17 +337,17 @@ def test_needles_in_any_text_with_any_tokenizer(tmp_path):
     [
         ("mqar", {"length": 65}, "length 65 must be even"),
         ("mqar", {"pairs": 17}, "make it at least 68, or pairs at most 16"),
-        ("mqar", {"pairs": 0}, "pairs must be an integer of at least 1, got 0"),
+        ("mqar", {"pairs": 0}, "MQAR: pairs 0 must be an integer of at least 1"),
         ("mqar", {"vocabulary": 8, "pairs": 4}, "make it at least 10"),
-        ("mqar", {"power": 0.0}, "MQAR: power must be a finite number above 0, got 0.0"),
+        ("mqar", {"power": 0.0}, "MQAR: power 0.0 must be a finite number above 0"),
         ("mqar", {"pair": 2}, "has no 'pair'; did you mean 'pairs'"),
         ("joint_recall", {"contexts": 8}, "make it at least 136"),
         ("joint_recall", {"vocabulary": 16}, "has 3 contexts to draw 4 from; make it at least 20"),
         ("selective_copying", {"length": 20}, "make it at least 32"),
-        ("parity", {"length": 1}, "length must be an integer of at least 2"),
+        ("parity", {"length": 1}, "length 1 must be an integer of at least 2"),
         ("permutations", {"degree": 7}, "5,040 permutations; make it at most 6"),
         ("permutations", {"degree": 3, "moved": 4}, "moved 4 must be at most the degree 3"),
-        ("permutations", {"moved": 1}, "moved must be an integer of at least 2, got 1"),
+        ("permutations", {"moved": 1}, "moved 1 must be an integer of at least 2"),
         ("s5", {"degree": 4}, "degree is fixed by the task 's5'"),
         ("s_niah_1", {"length": 200}, "make it at least"),
         ("s_niah_2", {"source": "no/such/text"}, "does not exist"),

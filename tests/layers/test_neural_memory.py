@@ -290,6 +290,17 @@ def test_a_document_inside_a_row_begins_with_what_the_prefix_left(name):
     close(y[:, 4:], np.asarray(alone, np.float64), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["mesa_net", "titans", "ttt_linear"])
+def test_no_parameter_is_without_a_gradient(name):
+    """MesaNet, which solves for its memory, has no W_0."""
+    rule = getattr(miras.zoo, name)()
+    module = NeuralMemory(DIM, HEADS, rule=rule, persistent=3, rngs=nnx.Rngs(0))
+    x = jnp.asarray(inputs(), jnp.float32)
+    gradients = nnx.grad(lambda module: jnp.mean(module(x)[0] ** 2))(module)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize("chunks", [(1, 4), (4, 1)])
 def test_a_memory_goes_on_with_chunks_of_another_length(chunks):
     """Of one token, whose states do not hold what began the chunk, to four, and back."""
@@ -392,7 +403,7 @@ def test_finite_over_a_long_sequence_in_bfloat16():
         ({"head_dim": 0}, "head_dim 0 must be an integer of at least 1"),
         ({"conv": -1}, "conv -1"),
         ({"persistent": -1}, "persistent -1"),
-        ({"lr_max": 0.0}, r"lr_max must be .* above 0, got 0\.0"),
+        ({"lr_max": 0.0}, r"lr_max 0\.0 must be .* above 0"),
         ({"rule": miras.zoo.rwkv7()}, r"exchange.*layers\.RWKV7"),
     ],
 )

@@ -118,7 +118,7 @@ def test_parameters_name_their_axes():
         ({"local_chunks": (2, 0)}, r"local_chunks\[1\] 0 must be an integer of at least 1"),
         ({"local_chunks": (2, 3)}, r"shard 4 must be a multiple of each of \(2, 3\)"),
         ({"expansion": 0}, "expansion 0 must be an integer of at least 1"),
-        ({"lr_max": 0.0}, r"lr_max must be .* above 0, got 0\.0"),
+        ({"lr_max": 0.0}, r"lr_max 0\.0 must be .* above 0"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memjax.data.tasks.task import TaskBatch, above_zero, at_least, distinct
+from memjax import checks
+from memjax.data.tasks.task import TaskBatch, at_least, distinct
 from memjax.typing import Array, Float, Int, Key
 
 
@@ -60,7 +61,7 @@ class MQAR:
                 f"MQAR: vocabulary {self.vocabulary} has {self.vocabulary // 2 - 1} keys for"
                 f" {self.pairs} pairs; make it at least {2 * self.pairs + 2}"
             )
-        above_zero(self, "power")
+        checks.real("MQAR: power", self.power, above=0.0)
 
     @property
     def scored(self) -> int:

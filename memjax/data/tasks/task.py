@@ -1,13 +1,12 @@
 """What every synthetic task is: a value that makes batches from a key."""
 
 import dataclasses
-import math
-import numbers
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from memjax import checks
 from memjax.typing import Array, Float, Int, Key
 
 
@@ -54,28 +53,7 @@ def at_least(task: Any, **least: int) -> None:
       **least: the smallest value of each field.
     """
     for name, bound in least.items():
-        value = getattr(task, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-            raise ValueError(
-                f"{type(task).__name__}: {name} must be an integer of at least {bound},"
-                f" got {value!r}"
-            )
-
-
-def above_zero(task: Any, *names: str) -> None:
-    """Raises ValueError where a field of a task is no finite number above 0.
-
-    Args:
-      task: a dataclass.
-      *names: of the fields.
-    """
-    for name in names:
-        value = getattr(task, name)
-        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not fits or not 0 < value < math.inf:
-            raise ValueError(
-                f"{type(task).__name__}: {name} must be a finite number above 0, got {value!r}"
-            )
+        checks.whole(f"{type(task).__name__}: {name}", getattr(task, name), bound)
 
 
 def options(task: Any) -> dict[str, Any]:

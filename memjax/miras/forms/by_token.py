@@ -15,7 +15,7 @@ from memjax.miras import passes
 from memjax.miras.forms import dual
 from memjax.miras.precision import accumulation_dtype, matmul
 from memjax.miras.products import restarting_products
-from memjax.miras.rule import scaled
+from memjax.miras.state import scaled
 from memjax.typing import Array, Bool, Float, Int
 
 

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from memjax import documents, sharding
-from memjax.miras import checks, features
+from memjax import checks, documents, sharding
+from memjax.miras import features
 from memjax.miras.forms import by_token, dual, isolation, kernels, linear, normal, shards
 from memjax.miras.forms.inputs import as_given, check
 from memjax.miras.forms.remat import in_groups
-from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, scaled
+from memjax.miras.rule import Gates, Pairs, Rule, State
+from memjax.miras.state import close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 

@@ -5,8 +5,9 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from memjax.miras.fit import fits
 from memjax.miras.precision import accumulation_dtype
-from memjax.miras.rule import Gates, Rule, State, fits
+from memjax.miras.rule import Gates, Rule, State
 from memjax.typing import Array, Float, Int, PyTree
 
 

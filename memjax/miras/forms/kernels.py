@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import sharding
-from memjax.miras import checks, features
+from memjax.miras import features, kinds
 from memjax.miras.bias import dot, l2
 from memjax.miras.forms import linear
 from memjax.miras.learner import gd, momentum
@@ -87,10 +87,10 @@ def _misfit(rule: Rule, state: State, q, v, gates: Gates, loss: bool) -> str | N
 def _not_deep(rule: Rule, gates: Gates) -> str | None:
     """Why the kernel of the deep memory does not compute this rule."""
     structure, retention, learner = rule.structure, rule.retention, rule.learner
-    deep = checks.keeps(structure, (mlp,), "forward") and structure.depth == 2
+    deep = kinds.keeps(structure, (mlp,), "forward") and structure.depth == 2
     if not deep or structure.features is not None:
         return f"there is no kernel for {structure}, but for mlp(depth=2) without features"
-    if not checks.keeps(rule.bias, (l2,), "loss", "signal"):
+    if not kinds.keeps(rule.bias, (l2,), "loss", "signal"):
         return f"the kernel of the deep memory has the bias l2(), not {rule.bias}"
     if type(learner) not in (gd, momentum):
         return f"there is no kernel for {learner}, but for gd() and momentum()"

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.documents import beside
-from memjax.miras import checks
+from memjax.miras import kinds
 from memjax.miras.bias import dot, l2
 from memjax.miras.learner import exchange, gd, implicit
 from memjax.miras.precision import matmul
@@ -66,9 +66,9 @@ class Run(NamedTuple):
 def fits(rule: Rule, gates: Gates) -> bool:
     """Whether the closed form computes this rule with these gates."""
     return (
-        checks.keeps(rule.structure, (matrix,), "forward", "mapped")
-        and checks.keeps(rule.bias, (l2, dot), "loss", "signal")
-        and checks.keeps(rule.learner, (gd, implicit, exchange), "update", "rates")
+        kinds.keeps(rule.structure, (matrix,), "forward", "mapped")
+        and kinds.keeps(rule.bias, (l2, dot), "loss", "signal")
+        and kinds.keeps(rule.learner, (gd, implicit, exchange), "update", "rates")
         and not (rule.learner.erases or rule.learner.solves)
         and rule.chunk == 1
         and gates.scale is None

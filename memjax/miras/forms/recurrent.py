@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from memjax import documents
+from memjax.miras.fit import reads
 from memjax.miras.forms import normal
 from memjax.miras.forms.inputs import as_given, check, widened
 from memjax.miras.forms.remat import grouped_scan
 from memjax.miras.precision import matmul
-from memjax.miras.rule import Gates, Pairs, Rule, State, close_chunk, reads, scaled
+from memjax.miras.rule import Gates, Pairs, Rule, State
+from memjax.miras.state import close_chunk, scaled
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 

@@ -13,8 +13,8 @@ import jax
 from tqdm import tqdm
 
 import memjax
+from memjax import checks
 from memjax.evaluation import recall
-from memjax.miras import checks
 from memjax.training import config as config_lib
 from memjax.training.lock import exclusive
 from memjax.training.signals import StopSignals
