@@ -30,13 +30,13 @@ def fits(
             f"{len(plain.fast)} and {sorted(plain.slow)}: use rule.init and miras.start of this "
             "rule"
         )
-    if _shapes(shapes) != _shapes(plain):
+    if shapes_of(shapes) != shapes_of(plain):
         _name_dims(rule, shapes, dim_k, dim_v)
-        of = "fast" if _shapes(shapes.fast) != _shapes(plain.fast) else "slow"
+        of = "fast" if shapes_of(shapes.fast) != shapes_of(plain.fast) else "slow"
         raise ValueError(
-            f"the {of} weights are {_shapes(getattr(shapes, of))}, but {rule.structure} has "
-            f"{_shapes(getattr(plain, of))} for keys of dim {dim_k} and values of dim {dim_v}: use "
-            "rule.init and miras.start of this rule"
+            f"the {of} weights are {shapes_of(getattr(shapes, of))}, but {rule.structure} has "
+            f"{shapes_of(getattr(plain, of))} for keys of dim {dim_k} and values of dim {dim_v}: "
+            "use rule.init and miras.start of this rule"
         )
 
 
@@ -49,7 +49,7 @@ def reads(rule: Rule, fast: tuple[Array, ...], slow: dict[str, Array], dim_k: in
         if dims := dims_of(rule, shapes):
             raise ValueError(f"the memory has keys of dim {dims[0]}, but q has {dim_k}") from error
         raise ValueError(
-            f"the fast weights are {_shapes(shapes.fast)}, and {rule.structure} cannot read q of "
+            f"the fast weights are {shapes_of(shapes.fast)}, and {rule.structure} cannot read q of "
             f"dim {dim_k} with them: use a state of miras.start with this rule"
         ) from error
     fits(rule, fast, slow, dim_k, dim_v)
@@ -67,7 +67,7 @@ def dims_of(rule: Rule, shapes: Weights) -> tuple[int, int] | None:
             if rule.structure.inputs(dim_k) not in sizes:
                 continue
             dim_v = _answered(rule, shapes, dim_k)
-            if _shapes(_drawn(rule, dim_k, dim_v)) == _shapes(shapes):
+            if shapes_of(_drawn(rule, dim_k, dim_v)) == shapes_of(shapes):
                 found.append((dim_k, dim_v))
         except (TypeError, ValueError):
             continue
@@ -84,7 +84,8 @@ def of_a_head(fast: tuple[Array, ...], slow: dict[str, Array]) -> Weights:
     )
 
 
-def _shapes(tree: PyTree) -> PyTree:
+def shapes_of(tree: PyTree) -> PyTree:
+    """Its shapes."""
     return jax.tree.map(lambda x: x.shape, tree)
 
 

@@ -439,13 +439,14 @@ def _online_matrix(
     plain = kinds.keeps(structure, (kind,), "forward", "mapped") and structure.features is None
     decays = retention.linear and not retention.closes and not retention.to_initial
     usual = first or not retention.first
+    kept = "decay() or none()" if first else 'decay(before="update") or none()'
     misfits = [
         f"for {wanted} alone, not for {part}"
         for fits, part, wanted in (
             (plain, structure, "least_squares()" if kind is least_squares else
              "a matrix without features"),
             (kinds.keeps(bias, (l2,), "loss", "signal"), bias, "l2()"),
-            (decays and usual, retention, "decay() or none()"),
+            (decays and usual, retention, kept),
             (chunk == 1, f"chunk={chunk}", "chunk=1"),
         )
         if not fits

@@ -334,7 +334,7 @@ class rooted(miras.lq):
                 "bias": miras.dot(),
                 "retention": miras.decay("gradient"),
             },
-            r"for l2\(\) alone.* for decay\(\) or none\(\) alone",
+            r'for l2\(\) alone.* for decay\(before="update"\) or none\(\) alone',
         ),
         (
             {"learner": miras.delta_gd(), "structure": miras.vector()},

@@ -5,10 +5,10 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from memjax.miras.fit import fits
+from memjax.miras.fit import fits, shapes_of
 from memjax.miras.precision import accumulation_dtype
 from memjax.miras.rule import Gates, Rule, State
-from memjax.typing import Array, Float, Int, PyTree
+from memjax.typing import Array, Float, Int
 
 
 def check(
@@ -45,7 +45,7 @@ def check(
         raise ValueError(f"v has shape {v.shape} and k {k.shape}: batch, time, heads must be equal")
     fits(rule, state.weights, state.slow, k.shape[3], v.shape[3])
     momentum = jax.eval_shape(rule.learner.start, state.begin.weights)
-    if _shapes(momentum) != _shapes(state.begin.momentum):
+    if shapes_of(momentum) != shapes_of(state.begin.momentum):
         raise ValueError(
             f"the state's momentum is not that of {rule.learner}: use a state of miras.start with "
             "this rule"
@@ -169,7 +169,3 @@ def _check_loss(rule: Rule, dim_v: int, dtype: jnp.dtype) -> None:
             f"{values.shape}: it must be {tokens.shape}, a number per token, such as a sum over "
             "axis=-1"
         )
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.shape, tree)
