@@ -70,6 +70,10 @@ CASES = {
 }
 
 
+# What five steps of Newton-Schulz make of a rounding: small singular values grow by 3.4445 in each.
+ORTHOGONAL = 3.4445**5 * float(jnp.finfo(jnp.float32).eps)
+
+
 @functools.cache
 def layer(name="titans"):
     """A memory whose every parameter is away from its start, and learns fast."""
@@ -178,7 +182,7 @@ def test_equals_its_equations(name):
     run, values = compiled(name)
     x, p = inputs(), parameters(layer(name), CASES[name][1])
     y, _ = run(values, jnp.asarray(x, jnp.float32), IDS)
-    close(y, expect(p, x, IDS))
+    close(y, expect(p, x, IDS), ORTHOGONAL if name in ("atlas", "lact") else 1e-5)
     for fault, other in faults(p).items():
         wrong = expect(other, x, IDS)
         assert np.abs(y - wrong).max() > 1e-3 * np.abs(wrong).max(), fault
